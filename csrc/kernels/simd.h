@@ -1,0 +1,205 @@
+// A float vector of the unit's instruction set, on GCC/Clang vector types, plus the few operations
+// that need an intrinsic. Everything is static: each kernel unit keeps its own copy.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define PS_CAT_(a, b) a##b
+#define PS_CAT(a, b) PS_CAT_(a, b)
+#define PS_NS PS_CAT(isa_, PROSPARSE_ISA)
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define PS_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define PS_AVX2 1
+#endif
+
+namespace prosparse {
+namespace PS_NS {
+
+#if defined(PS_AVX512)
+constexpr int W = 16;
+#elif defined(PS_AVX2)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef float vfu __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint8_t vb __attribute__((vector_size(W)));
+typedef uint8_t vbu __attribute__((vector_size(W), aligned(1), may_alias));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint16_t vhu __attribute__((vector_size(W * 2), aligned(1), may_alias));
+
+static inline vf load(const float* p) { return *(const vfu*)p; }
+static inline void store(float* p, vf x) { *(vfu*)p = x; }
+static inline vf set1(float x) { return x - vf{}; }
+static inline vf to_float(vb x) { return __builtin_convertvector(__builtin_convertvector(x, vi), vf); }
+
+static inline float bits_float(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+static inline uint32_t float_bits(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+static inline float bf16_float(uint16_t h) { return bits_float(uint32_t(h) << 16); }
+
+static inline float half_float(uint16_t h) {
+#if defined(PS_AVX512) || defined(PS_AVX2)
+    return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+    __fp16 f;
+    memcpy(&f, &h, 2);
+    return f;
+#else
+    uint32_t sign = uint32_t(h & 0x8000) << 16, mag = h & 0x7fff;
+    if (mag >= 0x7c00) return bits_float(sign | 0x7f800000 | (mag & 0x3ff) << 13);
+    // multiplying by 2^112 re-biases the exponent and normalises subnormals exactly
+    return bits_float(sign | float_bits(bits_float(mag << 13) * 0x1p112f));
+#endif
+}
+static inline uint16_t float_half(float f) {
+#if defined(PS_AVX512) || defined(PS_AVX2)
+    return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+    __fp16 h = (__fp16)f;
+    uint16_t u;
+    memcpy(&u, &h, 2);
+    return u;
+#else
+    uint32_t u = float_bits(f), sign = u >> 16 & 0x8000, mag = u & 0x7fffffff;
+    if (mag > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (mag >= 0x477ff000) return uint16_t(sign | 0x7c00);
+    if (mag < 0x38800000) {  // subnormal half: let the FPU round at the right bit
+        float magic = 0x1p-1f + 0.0f;
+        float r = bits_float(mag) + magic;
+        return uint16_t(sign | (float_bits(r) - float_bits(magic)));
+    }
+    uint32_t r = mag - 0x38000000;
+    r += 0xfff + (r >> 13 & 1);
+    return uint16_t(sign | r >> 13);
+#endif
+}
+
+static inline vf load_half(const uint16_t* p) {
+#if defined(PS_AVX512)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(PS_AVX2)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+    float16x4_t h;
+    memcpy(&h, p, 8);
+    return (vf)vcvt_f32_f16(h);
+#else
+    vf r;
+    for (int i = 0; i < W; i++) r[i] = half_float(p[i]);
+    return r;
+#endif
+}
+static inline vf load_bf16(const uint16_t* p) {
+    vi x = __builtin_convertvector(*(const vhu*)p, vi) << 16;
+    return (vf)x;
+}
+
+static inline float sum(vf x) {
+#if defined(PS_AVX512)
+    return _mm512_reduce_add_ps((__m512)x);
+#elif defined(PS_AVX2)
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
+    return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+static inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+// Cephes-style e^x: |error| < 2 ulp on [-87, 88], saturating outside.
+static inline vf exp(vf x) {
+    x = x < -87.0f ? set1(-87.0f) : x;
+    x = x > 88.0f ? set1(88.0f) : x;
+    const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    vf n = (x * 1.44269504f + magic) - magic;
+    vf r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = set1(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vi e = __builtin_convertvector(n, vi);
+    return p * (vf)((e + 127) << 23);
+}
+
+// W raw values of a row from column `col` (a multiple of W): floats as they are, codes unscaled.
+template <Type T>
+static inline vf load_raw(const uint8_t* codes, int cols, int col) {
+    if constexpr (T == Type::f32) return load((const float*)codes + col);
+    if constexpr (T == Type::f16) return load_half((const uint16_t*)codes + col);
+    if constexpr (T == Type::bf16) return load_bf16((const uint16_t*)codes + col);
+    if constexpr (T == Type::q8_0) return to_float(*(const vbu*)(codes + col));
+    if constexpr (quantized(T) && T != Type::q8_0) {
+        int chunk = col / 64, in = col % 64;
+        vb b = *(const vbu*)(codes + chunk * 32 + in % 32);
+        vi v = __builtin_convertvector(b, vi);
+        v = (in < 32 ? v : v >> 4) & 15;
+        if constexpr (T == Type::q5_1) {
+            const uint8_t* high = codes + round_up(cols, 64) / 2 + chunk * 8;
+            uint64_t bits;
+            memcpy(&bits, high, 8);
+            bits >>= in;
+            vi h;
+            for (int i = 0; i < W; i++) h[i] = int(bits >> i & 1) << 4;
+            v |= h;
+        }
+        return __builtin_convertvector(v, vf);
+    }
+    __builtin_unreachable();
+}
+
+#if defined(PS_AVX512)
+// 64 unsigned codes of chunk c, in column order.
+template <Type T>
+static inline __m512i codes(const uint8_t* row, int chunks, int c) {
+    if constexpr (T == Type::q8_0) return _mm512_loadu_si512(row + c * 64);
+    __m512i v = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(row + c * 32)));
+    const __m512i shift = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    v = _mm512_and_si512(_mm512_srlv_epi16(v, shift), _mm512_set1_epi8(15));
+    if constexpr (T == Type::q5_1) {
+        uint64_t high;
+        memcpy(&high, row + chunks * 32 + c * 8, 8);
+        v = _mm512_mask_add_epi8(v, high, v, _mm512_set1_epi8(16));
+    }
+    return v;
+}
+#endif
+
+// CALL(T) with the run-time type as a constant.
+#define PS_BY_TYPE(type, CALL)                                \
+    switch (type) {                                           \
+        case Type::f32: CALL(Type::f32); break;               \
+        case Type::f16: CALL(Type::f16); break;               \
+        case Type::bf16: CALL(Type::bf16); break;             \
+        case Type::q8_0: CALL(Type::q8_0); break;             \
+        case Type::q5_1: CALL(Type::q5_1); break;             \
+        case Type::q4_0: CALL(Type::q4_0); break;             \
+        case Type::q4_1: CALL(Type::q4_1); break;             \
+    }
+
+}  // namespace PS_NS
+}  // namespace prosparse
