@@ -126,11 +126,14 @@ class FastBackend:
         return sentencepiece_bytes(text)
 
 
+def is_byte_piece(piece: str) -> bool:
+    """Whether a SentencePiece piece stands for one byte, as `<0x0A>` does."""
+    return re.fullmatch(r"<0x[0-9A-F]{2}>", piece) is not None
+
+
 def sentencepiece_bytes(piece: str) -> bytes:
-    """The bytes a SentencePiece piece stands for: `<0x0A>` is one byte, U+2581 a space."""
-    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
-        return bytes.fromhex(match[1])
-    return piece.replace("\u2581", " ").encode()
+    """The bytes a SentencePiece piece stands for; U+2581 is a space."""
+    return bytes.fromhex(piece[3:5]) if is_byte_piece(piece) else piece.replace("\u2581", " ").encode()
 
 
 def _decoder_style(tokenizer: Tokenizer) -> tuple[bool, bool]:

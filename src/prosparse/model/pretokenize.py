@@ -4,7 +4,6 @@ GGUF keeps only a name, so the rules live here, as the `tokenizers` components t
 ship. An unknown name raises: a wrong split gives fluent but worse text, which nobody notices.
 """
 
-# ruff: noqa: RUF001 -- the character classes are the models' own
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +20,7 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_DEEPSEEK_LETTERS = (
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ"
-    r"Ḁ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳ"
-    r"Ꙁ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
-)
-_DEEPSEEK_CJK = "[一-龥ࠀ-一가-퟿]+"
+_DEEPSEEK_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +47,6 @@ def _table() -> dict[str, PreTokenizer]:
     smollm = PreTokenizer([digits], byte_words=True)
     gpt2 = PreTokenizer([], byte_words=True)
     llama3 = PreTokenizer([_LLAMA3], ignore_merges=True, add_bos=True)
-    deepseek_llm = [
-        r"[\r\n]",
-        _DEEPSEEK_LETTERS,
-        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-        r"\s+$",
-        _DEEPSEEK_CJK,
-        digits,
-    ]
     deepseek_coder = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, digits]
     return {
         "smollm": smollm,
@@ -73,7 +59,6 @@ def _table() -> dict[str, PreTokenizer]:
         "llama-v3": llama3,
         "qwen2": PreTokenizer([_QWEN2], nfc=True),
         "tekken": PreTokenizer([_TEKKEN], ignore_merges=True, add_bos=True),
-        "deepseek-llm": PreTokenizer(deepseek_llm),
         "deepseek-coder": PreTokenizer(deepseek_coder),
     }
 

@@ -178,20 +178,52 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> dict[str, An
 def _from_tokenizer_json(path: Path) -> dict[str, Any]:
     backend = bpe.FastBackend.from_file(path)
     tokenizer = backend.tokenizer
-    if not isinstance(tokenizer.model, models.BPE) or not backend.byte_level:
-        raise ValueError(f"{path} is not byte-level BPE: GGUF needs the folder's tokenizer.model")
+    if not isinstance(tokenizer.model, models.BPE):
+        raise ValueError(f"{path} is not BPE: GGUF needs the folder's tokenizer.model")
     data = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in data["merges"]]
     tokens = [f"[PAD{i}]" for i in range(backend.n_vocab)]
     types = [int(TokenType.UNUSED)] * backend.n_vocab
-    for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
+    for token, i in data["vocab"].items():
         tokens[i], types[i] = token, int(TokenType.NORMAL)
     for i, added in tokenizer.get_added_tokens_decoder().items():
         tokens[i] = added.content
         types[i] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pretokenize.name_of(tokenizer),
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in data["merges"]],
+    metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    if backend.byte_level:
+        return metadata | {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pretokenize.name_of(tokenizer),
+            "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        }
+    for i, token in enumerate(tokens):
+        if token == data["unk_token"]:
+            types[i] = int(TokenType.UNKNOWN)
+        elif types[i] == TokenType.NORMAL and bpe.is_byte_piece(token):
+            types[i] = int(TokenType.BYTE)
+    return metadata | {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": _scores(tokens, types, merges, path),
+        "tokenizer.ggml.add_space_prefix": backend.strips_space,
     }
+
+
+def _scores(
+    tokens: Sequence[str], types: Sequence[int], merges: Sequence[tuple[str, ...]], path: Path
+) -> list[float]:
+    """SentencePiece scores that merge in the order of `merges`.
+
+    SentencePiece merges any two pieces that make a third. A list that lacks some of those pairs was
+    not converted from SentencePiece and cannot be said in scores: ValueError.
+    """
+    ids = {token: i for i, token in enumerate(tokens) if types[i] == TokenType.NORMAL}
+    scores = [0.0] * len(tokens)
+    for rank, merge in reversed(list(enumerate(merges, 1))):
+        if (i := ids.get("".join(merge))) is not None:
+            scores[i] = -float(rank)
+    known = set(merges)
+    for left, right in ((token[:cut], token[cut:]) for token in ids for cut in range(1, len(token))):
+        if left in ids and right in ids and (left, right) not in known:
+            raise ValueError(f"{path} does not merge {left!r} and {right!r} as SentencePiece would: no GGUF")
+    return scores
