@@ -81,7 +81,7 @@ void Pool::run_job(int n_items, Call call, void* ctx) {
 
     int mine = 0;
     for (int item; claim(&item); mine++) call(ctx, item, 0);
-    const auto all_done = [&] { return done_.load(std::memory_order_acquire) + mine == n_items; };
+    const auto all_done = [&] { return done_.load() + mine == n_items; };
     if (spin(kCallerSpin, all_done)) return;
     std::unique_lock lock(mutex_);
     caller_parked_ = true;
@@ -102,7 +102,7 @@ void Pool::work(int thread) {
             continue;
         }
         const auto available = [&] {
-            uint64_t t = ticket_.load(std::memory_order_acquire);
+            uint64_t t = ticket_.load();
             return stop_ || next_of(t) < items_of(t);
         };
         if (spin(kWorkerSpin, available)) continue;

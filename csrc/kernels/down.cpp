@@ -20,43 +20,55 @@ static inline void down_float(const uint8_t* const* rows, const float* x, int n,
         for (int c = 0; c < width; c += W) store(y + c, load(y + c) + load_raw<T>(rows[j], width, c) * x[j]);
 }
 
+#if defined(PS_AVX512) || defined(PS_AVX2)
+// The group's x as 15-bit integers under one scale; rows padded to a multiple of four by zeros times row n-1.
+struct GroupInts {
+    int32_t q[kGroup], sum;
+    float scale;
+    const uint8_t* rows[kGroup];
+
+    GroupInts(const uint8_t* const* r, const float* x, int n) : sum(0) {
+        float amax = 0, total = 0;
+        for (int j = 0; j < n; j++) {
+            amax = fabsf(x[j]) > amax ? fabsf(x[j]) : amax;
+            total += x[j];
+        }
+        const float inv = amax > 0 ? 127 * 128 / amax : 0.0f;
+        scale = amax / (127 * 128) + total * 0.0f;  // NaN or Inf must survive
+        for (int j = 0; j < round_up(n, 4); j++) {
+            q[j] = j < n ? int32_t(x[j] * inv + (x[j] < 0 ? -0.5f : 0.5f)) : 0;
+            sum += q[j];
+            rows[j] = r[j < n ? j : n - 1];
+        }
+    }
+};
+#endif
+
 #if defined(PS_AVX512)
-// Bytes of four rows are interleaved so that one VNNI instruction adds four neurons to each column.
-// x is a 15-bit integer, 128*hi + lo, under one scale for the group.
+// Bytes of four rows are interleaved so that one VNNI instruction adds four neurons to each column;
+// q = 128 * hi + lo.
 template <Type T>
 static inline void down_quantized(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
                                   float* y) {
     const int chunks = round_up(width, 64) / 64;
-    float amax = 0, total = 0;
-    for (int j = 0; j < n; j++) {
-        amax = fabsf(x[j]) > amax ? fabsf(x[j]) : amax;
-        total += x[j];
+    const GroupInts g(rows, x, n);
+    alignas(4) int8_t hi[kGroup], lo[kGroup];
+    for (int j = 0; j < round_up(n, 4); j++) {
+        hi[j] = int8_t((g.q[j] + 64) >> 7);
+        lo[j] = int8_t(g.q[j] - hi[j] * 128);
     }
-    const float inv = amax > 0 ? 127 * 128 / amax : 0.0f;
-    const float scale = (amax / (127 * 128)) + total * 0.0f;  // a NaN or Inf must survive
-    alignas(4) int8_t hi[kGroup] = {}, lo[kGroup] = {};
-    const uint8_t* r[kGroup];
-    int32_t qsum = 0;
-    for (int j = 0; j < n; j++) {
-        int32_t q = int32_t(x[j] * inv + (x[j] < 0 ? -0.5f : 0.5f)), h = (q + 64) >> 7;
-        hi[j] = int8_t(h);
-        lo[j] = int8_t(q - h * 128);
-        qsum += q;
-        r[j] = rows[j];
-    }
-    for (int j = n; j < round_up(n, 4); j++) r[j] = rows[n - 1];
     const uint16_t *ds = (const uint16_t*)scales, *ms = ds + round_up(width, 64);
-    const __m512 vscale = _mm512_set1_ps(scale);
+    const __m512 vscale = _mm512_set1_ps(g.scale);
     // in code units: what the offset of all codes adds; with minima: the sum of x
-    const __m512i offset = _mm512_set1_epi32(code_offset(T) * qsum);
-    const __m512 min_factor = _mm512_set1_ps(scale * float(qsum));
+    const __m512i offset = _mm512_set1_epi32(code_offset(T) * g.sum);
+    const __m512 min_factor = _mm512_set1_ps(g.scale * float(g.sum));
 
     for (int c = 0; c < chunks; c++) {
         __m512i h[4], l[4];
         for (int k = 0; k < 4; k++) h[k] = l[k] = _mm512_setzero_si512();
         for (int j = 0; j < n; j += 4) {
-            __m512i a = codes<T>(r[j], chunks, c), b = codes<T>(r[j + 1], chunks, c);
-            __m512i d = codes<T>(r[j + 2], chunks, c), e = codes<T>(r[j + 3], chunks, c);
+            __m512i a = codes<T>(g.rows[j], chunks, c), b = codes<T>(g.rows[j + 1], chunks, c);
+            __m512i d = codes<T>(g.rows[j + 2], chunks, c), e = codes<T>(g.rows[j + 3], chunks, c);
             __m512i ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
             __m512i de0 = _mm512_unpacklo_epi8(d, e), de1 = _mm512_unpackhi_epi8(d, e);
             __m512i w[4] = {_mm512_unpacklo_epi16(ab0, de0), _mm512_unpackhi_epi16(ab0, de0),
@@ -88,6 +100,41 @@ static inline void down_quantized(const uint8_t* const* rows, const float* x, in
             }
             acc = _mm512_fmadd_ps(_mm512_mul_ps(d, vscale), _mm512_cvtepi32_ps(v[k]), acc);
             _mm512_storeu_ps(y + col, acc);
+        }
+    }
+}
+#elif defined(PS_AVX2)
+// Codes of two rows are paired as int16, so one multiply-add serves two neurons of each column.
+template <Type T>
+static inline void down_quantized(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
+                                  float* y) {
+    const int chunks = round_up(width, 64) / 64;
+    const GroupInts g(rows, x, n);
+    const uint16_t *ds = (const uint16_t*)scales, *ms = ds + chunks * 64;
+    const __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi32(code_offset(T) * g.sum);
+    const __m256 scale = _mm256_set1_ps(g.scale), min_factor = _mm256_set1_ps(g.scale * float(g.sum));
+    for (int b = 0; b < chunks * 2; b++) {
+        __m256i acc[4] = {zero, zero, zero, zero};
+        for (int j = 0; j < n; j += 2) {
+            const __m256i u = codes<T>(g.rows[j], chunks, b), v = codes<T>(g.rows[j + 1], chunks, b);
+            const __m256i q = _mm256_set1_epi32((g.q[j] & 0xffff) | g.q[j + 1] << 16);
+            const __m256i lo = _mm256_unpacklo_epi8(u, v), hi = _mm256_unpackhi_epi8(u, v);
+            acc[0] = _mm256_add_epi32(acc[0], _mm256_madd_epi16(_mm256_unpacklo_epi8(lo, zero), q));
+            acc[1] = _mm256_add_epi32(acc[1], _mm256_madd_epi16(_mm256_unpackhi_epi8(lo, zero), q));
+            acc[2] = _mm256_add_epi32(acc[2], _mm256_madd_epi16(_mm256_unpacklo_epi8(hi, zero), q));
+            acc[3] = _mm256_add_epi32(acc[3], _mm256_madd_epi16(_mm256_unpackhi_epi8(hi, zero), q));
+        }
+        // unpacking worked within 128-bit lanes: acc[k] lane i holds columns 16 i + 4 k
+        const __m256i v[4] = {
+            _mm256_permute2x128_si256(acc[0], acc[1], 0x20), _mm256_permute2x128_si256(acc[2], acc[3], 0x20),
+            _mm256_permute2x128_si256(acc[0], acc[1], 0x31), _mm256_permute2x128_si256(acc[2], acc[3], 0x31)};
+        for (int k = 0; k < 4; k++) {
+            const int col = b * 32 + k * 8;
+            __m256 sum = _mm256_loadu_ps(y + col);
+            if constexpr (has_min(T))
+                sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(ms + col))), min_factor, sum);
+            const __m256 d = _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(ds + col))), scale);
+            _mm256_storeu_ps(y + col, _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(_mm256_sub_epi32(v[k], offset)), sum));
         }
     }
 }

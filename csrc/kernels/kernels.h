@@ -68,7 +68,8 @@ struct Neurons {
 
 // One token's activations as the dot products want them; arrays are zero-padded to 64 columns.
 // q is a 15-bit integer per value, scaled per block of 32, so integer dots lose nothing that f32 would keep
-// at these magnitudes; AVX-512 reads it as two signed bytes, q = 128*hi + lo.
+// at these magnitudes. AVX-512 reads it as two signed bytes, q = 128*hi + lo; AVX2 as int16 with the even
+// columns of a block before the odd ones; the others as plain int16.
 struct Acts {
     int n;
     float* f;

@@ -62,37 +62,48 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     float a = _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]));
     return has_min(T) ? a + c : a - float(code_offset(T)) * c;
 }
+#elif defined(PS_AVX2)
+// Eight lanes of 32-bit sums for block b; even and odd columns apart, as Acts::q has them.
+template <Type T>
+static inline __m256i dot_block(const uint8_t* row, int chunks, int b, const int16_t* q) {
+    const __m256i w = codes<T>(row, chunks, b);
+    const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+    return _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256((const __m256i*)q)),
+                            _mm256_madd_epi16(odd, _mm256_loadu_si256((const __m256i*)(q + 16))));
+}
+
+template <Type T>
+static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
+    const int chunks = round_up(cols, 64) / 64, blocks = chunks * 2;
+    const uint16_t *scales = (const uint16_t*)(row + code_bytes(T, cols)), *mins = scales + blocks;
+    __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, corr = _mm256_setzero_ps();
+    auto half8 = [](const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); };
+    int b = 0;
+    for (; b + 8 <= blocks; b += 8) {
+        const __m256 d = half8(scales + b);
+        corr = _mm256_fmadd_ps(has_min(T) ? half8(mins + b) : d, _mm256_loadu_ps(x->sum + b), corr);
+        const __m256 s = _mm256_mul_ps(d, _mm256_loadu_ps(x->scale + b));
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) {
+            const __m256 v = _mm256_cvtepi32_ps(dot_block<T>(row, chunks, b + k, x->q + (b + k) * 32));
+            acc[k & 1] = _mm256_fmadd_ps(v, _mm256_permutevar8x32_ps(s, _mm256_set1_epi32(k)), acc[k & 1]);
+        }
+    }
+    float c = 0;
+    for (; b < blocks; b++) {
+        const float d = half_float(scales[b]);
+        c += (has_min(T) ? half_float(mins[b]) : d) * x->sum[b];
+        const __m256 v = _mm256_cvtepi32_ps(dot_block<T>(row, chunks, b, x->q + b * 32));
+        acc[b & 1] = _mm256_fmadd_ps(v, _mm256_set1_ps(d * x->scale[b]), acc[b & 1]);
+    }
+    c += sum((vf)corr);
+    const float a = sum((vf)_mm256_add_ps(acc[0], acc[1]));
+    return has_min(T) ? a + c : a - float(code_offset(T)) * c;
+}
 #else
 // 32 unsigned codes of block b times 32 integer activations.
 template <Type T>
 static inline int32_t dot_block(const uint8_t* row, int chunks, int b, const int16_t* q) {
-#if defined(PS_AVX2)
-    __m256i w0, w1;
-    if constexpr (T == Type::q8_0) {
-        w0 = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(row + b * 32)));
-        w1 = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(row + b * 32 + 16)));
-    } else {
-        __m256i v = _mm256_loadu_si256((const __m256i*)(row + b / 2 * 32));
-        if (b & 1) v = _mm256_srli_epi16(v, 4);
-        v = _mm256_and_si256(v, _mm256_set1_epi8(15));
-        if constexpr (T == Type::q5_1) {
-            int32_t bits;
-            memcpy(&bits, row + chunks * 32 + b * 4, 4);
-            const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-            const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
-            __m256i h = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);
-            v = _mm256_or_si256(v, _mm256_and_si256(_mm256_cmpeq_epi8(h, bit), _mm256_set1_epi8(16)));
-        }
-        w0 = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(v));
-        w1 = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(v, 1));
-    }
-    __m256i s = _mm256_add_epi32(_mm256_madd_epi16(w0, _mm256_loadu_si256((const __m256i*)q)),
-                                 _mm256_madd_epi16(w1, _mm256_loadu_si256((const __m256i*)(q + 16))));
-    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
-    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1));
-    return _mm_cvtsi128_si32(t);
-#else
     int32_t s = 0;
     if constexpr (T == Type::q8_0) {
         for (int k = 0; k < 32; k++) s += row[b * 32 + k] * q[k];
@@ -107,7 +118,6 @@ static inline int32_t dot_block(const uint8_t* row, int chunks, int b, const int
         }
     }
     return s;
-#endif
 }
 
 template <Type T>
@@ -116,12 +126,12 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     const uint16_t* scales = (const uint16_t*)(row + code_bytes(T, cols));
     float acc[2] = {}, corr[2] = {};
     for (int b = 0; b < blocks; b++) {
-        float d = half_float(scales[b]);
-        float v = float(dot_block<T>(row, chunks, b, x->q + b * 32));
+        const float d = half_float(scales[b]);
+        const float v = float(dot_block<T>(row, chunks, b, x->q + b * 32));
         acc[b & 1] += v * (d * x->scale[b]);
         corr[b & 1] += (has_min(T) ? half_float(scales[blocks + b]) : d) * x->sum[b];
     }
-    float a = acc[0] + acc[1], c = corr[0] + corr[1];
+    const float a = acc[0] + acc[1], c = corr[0] + corr[1];
     return has_min(T) ? a + c : a - float(code_offset(T)) * c;
 }
 #endif

@@ -189,6 +189,26 @@ static inline __m512i codes(const uint8_t* row, int chunks, int c) {
 }
 #endif
 
+#if defined(PS_AVX2)
+// 32 unsigned codes of block b, in column order.
+template <Type T>
+static inline __m256i codes(const uint8_t* row, int chunks, int b) {
+    if constexpr (T == Type::q8_0) return _mm256_loadu_si256((const __m256i*)(row + b * 32));
+    __m256i v = _mm256_loadu_si256((const __m256i*)(row + b / 2 * 32));
+    if (b & 1) v = _mm256_srli_epi16(v, 4);
+    v = _mm256_and_si256(v, _mm256_set1_epi8(15));
+    if constexpr (T == Type::q5_1) {
+        int32_t bits;
+        memcpy(&bits, row + chunks * 32 + b * 4, 4);
+        const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+        const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+        __m256i h = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);
+        v = _mm256_or_si256(v, _mm256_and_si256(_mm256_cmpeq_epi8(h, bit), _mm256_set1_epi8(16)));
+    }
+    return v;
+}
+#endif
+
 // CALL(T) with the run-time type as a constant.
 #define PS_BY_TYPE(type, CALL)                                \
     switch (type) {                                           \

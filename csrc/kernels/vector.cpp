@@ -101,6 +101,11 @@ void quantize(const float* x, int n, Acts* out) {
             out->hi[b * 32 + k] = int8_t(hi);
             out->lo[b * 32 + k] = int8_t(q[k] - hi * 128);
         }
+#elif defined(PS_AVX2)
+        for (int k = 0; k < 16; k++) {
+            out->q[b * 32 + k] = int16_t(q[2 * k]);
+            out->q[b * 32 + 16 + k] = int16_t(q[2 * k + 1]);
+        }
 #else
         for (int k = 0; k < 32; k++) out->q[b * 32 + k] = int16_t(q[k]);
 #endif

@@ -1,0 +1,214 @@
+// Loading: tensors in, packed weights out.
+#include "model.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "pack.h"
+#include "workspace.h"
+
+namespace prosparse {
+namespace {
+
+constexpr size_t kHuge = 2u << 20;
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+uint8_t* map_pages(size_t bytes) {
+    void* p = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    // trim to a 2 MB boundary so that every page of the block can be a huge one
+    auto start = reinterpret_cast<uintptr_t>(p), aligned = (start + kHuge - 1) / kHuge * kHuge;
+    if (aligned > start) munmap(p, aligned - start);
+    if (start + kHuge > aligned) munmap(reinterpret_cast<void*>(aligned + bytes), start + kHuge - aligned);
+#ifdef MADV_HUGEPAGE
+    madvise(reinterpret_cast<void*>(aligned), bytes, MADV_HUGEPAGE);
+#endif
+    return reinterpret_cast<uint8_t*>(aligned);
+}
+
+std::vector<float> floats(const std::string& name, const Source& s, int n) {
+    if (s.shape != std::vector<int64_t>{n}) fail(name + ": expected shape (" + std::to_string(n) + ",)");
+    if (s.type != Type::f32) fail(name + ": one-dimensional tensors must be F32");
+    if (s.bytes != size_t(n) * 4) fail(name + ": data does not match its shape");
+    std::vector<float> out(static_cast<size_t>(n));
+    std::memcpy(out.data(), s.data, s.bytes);
+    return out;
+}
+
+}  // namespace
+
+Arena::~Arena() {
+    for (auto& c : chunks_) munmap(c.data, c.size);
+}
+
+uint8_t* Arena::allocate(size_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;
+    if (chunks_.empty() || chunks_.back().size - chunks_.back().used < bytes) {
+        size_t size = (std::max(bytes, size_t(256) << 20) + kHuge - 1) / kHuge * kHuge;
+        chunks_.push_back({map_pages(size), size, 0});
+    }
+    Chunk& c = chunks_.back();
+    uint8_t* p = c.data + c.used;
+    c.used += bytes;
+    used_ += bytes;
+    return p;
+}
+
+Cache::Cache(const Config& config, int n_ctx)
+    : n_ctx(n_ctx),
+      layers_(config.num_hidden_layers),
+      heads_(config.num_key_value_heads),
+      stride_(config.padded_head()) {
+    if (n_ctx < 1) fail("n_ctx must be at least 1, got " + std::to_string(n_ctx));
+    size_ = 2 * at(layers_, 0);
+    // untouched pages stay unbacked: a long context costs memory only as it fills
+    void* p = mmap(nullptr, size_ * 2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<uint16_t*>(p);
+}
+
+Cache::~Cache() { munmap(data_, size_ * 2); }
+
+Model::Model(Config c, int n_threads, Mode mode) : config(std::move(c)), mode(mode), k_(kernels()) {
+    set_threads(n_threads);
+    layers_.resize(size_t(config.num_hidden_layers));
+    ws_ = std::make_shared<Workspace>(config);
+}
+
+void Model::set_threads(int n) {
+    if (n < 1 || n > 1024) fail("n_threads must be between 1 and 1024, got " + std::to_string(n));
+    std::lock_guard lock(busy_);
+    pool_ = std::make_unique<Pool>(n);
+}
+
+void Model::release(const Source& s) {
+    if (!s.mapped) return;
+    const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+    auto start = (reinterpret_cast<uintptr_t>(s.data) + page - 1) / page * page;
+    auto end = (reinterpret_cast<uintptr_t>(s.data) + s.bytes) / page * page;
+    if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
+}
+
+Matrix Model::pack(const Source& s, int rows, int cols) {
+    const size_t stride = row_bytes(s.type, cols), src_row = file_row_bytes(s.type, cols);
+    uint8_t* data = arena_.allocate(stride * size_t(rows));
+    const int step = 64;
+    pool_->run((rows + step - 1) / step, [&](int item, int) {
+        for (int r = item * step; r < std::min(rows, (item + 1) * step); r++)
+            pack_row(s.type, s.data + size_t(r) * src_row, cols, data + size_t(r) * stride);
+    });
+    release(s);
+    return {s.type, rows, cols, data, stride};
+}
+
+void Model::pack_neurons(Layer& layer) {
+    const Source &up = layer.up_source, &down = layer.down_source;
+    const int count = config.intermediate_size, width = config.hidden_size;
+    Neurons& n = layer.neurons;
+    n.up_type = up.type;
+    n.down_type = down.type;
+    n.count = count;
+    n.width = width;
+    n.down_offset = row_bytes(up.type, width);
+    n.record = n.down_offset + (code_bytes(down.type, width) + 15) / 16 * 16;
+    const int groups = (count + kGroup - 1) / kGroup;
+    n.scale_stride = quantized(down.type) ? size_t(round_up(width, 64)) * (has_min(down.type) ? 4 : 2) : 0;
+    uint8_t* records = arena_.allocate(n.record * size_t(count));
+    uint8_t* scales = arena_.allocate(n.scale_stride * size_t(groups));
+    n.records = records;
+    n.scales = scales;
+    const size_t src_row = file_row_bytes(up.type, width);
+    pool_->run(groups, [&](int g, int) {
+        for (int j = g * kGroup; j < std::min(count, (g + 1) * kGroup); j++)
+            pack_row(up.type, up.data + size_t(j) * src_row, width, records + size_t(j) * n.record);
+        pack_down_group(down.type, down.data, width, count, g,
+                        records + size_t(g) * kGroup * n.record + n.down_offset, n.record,
+                        scales + size_t(g) * n.scale_stride);
+    });
+    release(up);
+    release(down);
+    layer.up_source = layer.down_source = {};
+}
+
+void Model::set_tensor(const std::string& name, Source s) {
+    std::lock_guard lock(busy_);
+    const Config& c = config;
+    auto check = [&](int rows, int cols) {
+        if (s.shape != std::vector<int64_t>{rows, cols})
+            fail(name + ": expected shape (" + std::to_string(rows) + ", " + std::to_string(cols) + ")");
+        if (quantized(s.type) && cols % 32) fail(name + ": quantised rows need a multiple of 32 columns");
+        if (s.bytes != file_row_bytes(s.type, cols) * size_t(rows)) fail(name + ": data does not match its shape");
+    };
+    auto matrix = [&](Matrix& m, int rows, int cols) {
+        check(rows, cols);
+        m = pack(s, rows, cols);
+    };
+    if (name == "model.embed_tokens.weight") return matrix(embed_, c.vocab_size, c.hidden_size);
+    if (name == "lm_head.weight") return matrix(head_, c.vocab_size, c.hidden_size);
+    if (name == "model.norm.weight") {
+        final_norm_ = floats(name, s, c.hidden_size);
+        return;
+    }
+    const std::string prefix = "model.layers.";
+    const size_t dot = name.find('.', prefix.size());
+    if (name.compare(0, prefix.size(), prefix) != 0 || dot == std::string::npos) fail("unknown tensor " + name);
+    const std::string number = name.substr(prefix.size(), dot - prefix.size()), rest = name.substr(dot + 1);
+    if (number.empty() || number.size() > 6 || number.find_first_not_of("0123456789") != std::string::npos ||
+        std::stoi(number) >= c.num_hidden_layers)
+        fail("unknown tensor " + name);
+    Layer& l = layers_[size_t(std::stoi(number))];
+    const int d = c.hidden_size, ff = c.intermediate_size;
+    if (rest == "input_layernorm.weight") l.attn_norm = floats(name, s, d);
+    else if (rest == "post_attention_layernorm.weight") l.ffn_norm = floats(name, s, d);
+    else if (rest == "self_attn.q_norm.weight" && c.qk_norm) l.q_norm = floats(name, s, c.head_dim);
+    else if (rest == "self_attn.k_norm.weight" && c.qk_norm) l.k_norm = floats(name, s, c.head_dim);
+    else if (rest == "self_attn.q_proj.bias") l.q_bias = floats(name, s, c.q_size());
+    else if (rest == "self_attn.k_proj.bias") l.k_bias = floats(name, s, c.kv_size());
+    else if (rest == "self_attn.v_proj.bias") l.v_bias = floats(name, s, c.kv_size());
+    else if (rest == "self_attn.q_proj.weight") matrix(l.q, c.q_size(), d);
+    else if (rest == "self_attn.k_proj.weight") matrix(l.k, c.kv_size(), d);
+    else if (rest == "self_attn.v_proj.weight") matrix(l.v, c.kv_size(), d);
+    else if (rest == "self_attn.o_proj.weight") matrix(l.o, d, c.q_size());
+    else if (rest == "mlp.gate_proj.weight") matrix(l.gate, ff, d);
+    else if (rest == "mlp.up_proj.weight" && mode == Mode::dense) matrix(l.up, ff, d);
+    else if (rest == "mlp.down_proj.weight" && mode == Mode::dense) matrix(l.down, d, ff);
+    else if (rest == "mlp.up_proj.weight" || rest == "mlp.down_proj.weight") {
+        const bool up = rest == "mlp.up_proj.weight";
+        up ? check(ff, d) : check(d, ff);
+        (up ? l.up_source : l.down_source) = std::move(s);
+        if (l.up_source.data && l.down_source.data) pack_neurons(l);
+    } else fail("unknown tensor " + name);
+}
+
+void Model::finish() {
+    auto need = [](bool there, const std::string& name) {
+        if (!there) fail("missing tensor " + name);
+    };
+    need(embed_.data, "model.embed_tokens.weight");
+    need(!final_norm_.empty(), "model.norm.weight");
+    if (!head_.data) head_ = embed_;
+    for (size_t i = 0; i < layers_.size(); i++) {
+        const Layer& l = layers_[i];
+        const std::string p = "model.layers." + std::to_string(i) + ".";
+        need(!l.attn_norm.empty(), p + "input_layernorm.weight");
+        need(!l.ffn_norm.empty(), p + "post_attention_layernorm.weight");
+        need(l.q.data, p + "self_attn.q_proj.weight");
+        need(l.k.data, p + "self_attn.k_proj.weight");
+        need(l.v.data, p + "self_attn.v_proj.weight");
+        need(l.o.data, p + "self_attn.o_proj.weight");
+        need(l.gate.data, p + "mlp.gate_proj.weight");
+        need(l.up.data || l.neurons.records || l.up_source.data, p + "mlp.up_proj.weight");
+        need(l.down.data || l.neurons.records, p + "mlp.down_proj.weight");
+        need(l.neurons.records || l.up.data, p + "mlp.up_proj.weight");
+        need(!config.qk_norm || (!l.q_norm.empty() && !l.k_norm.empty()), p + "self_attn.q_norm.weight");
+    }
+}
+
+}  // namespace prosparse

@@ -1,0 +1,161 @@
+// A decoder of the LLaMA family: packed weights, KV cache, forward pass.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "pool.h"
+
+namespace prosparse {
+
+// Memory for weights on 2 MB pages where the kernel grants them: +10-20 % read bandwidth on one core.
+class Arena {
+  public:
+    Arena() = default;
+    ~Arena();
+    Arena(const Arena&) = delete;
+    uint8_t* allocate(size_t bytes);  // 64-byte aligned, not initialised
+    size_t used() const { return used_; }
+
+  private:
+    struct Chunk {
+        uint8_t* data;
+        size_t size, used;
+    };
+    std::vector<Chunk> chunks_;
+    size_t used_ = 0;
+};
+
+struct Config {
+    int vocab_size, hidden_size, intermediate_size, num_hidden_layers;
+    int num_attention_heads, num_key_value_heads, head_dim;
+    float rms_norm_eps, embedding_scale, residual_scale, logit_scale, rope_attention_factor;
+    ActFn hidden_act;
+    float hidden_act_param;
+    bool qk_norm;
+    std::vector<float> inv_freq;  // [head_dim / 2]
+
+    int group() const { return num_attention_heads / num_key_value_heads; }
+    int q_size() const { return num_attention_heads * head_dim; }
+    int kv_size() const { return num_key_value_heads * head_dim; }
+    int padded_head() const { return round_up(head_dim, 16); }
+    bool sparse() const {
+        return hidden_act == ActFn::relu || hidden_act == ActFn::fatrelu || hidden_act == ActFn::shiftrelu;
+    }
+};
+
+// A tensor as the caller holds it; `keep_alive` keeps its memory valid until it is packed.
+struct Source {
+    Type type;
+    std::vector<int64_t> shape;
+    const uint8_t* data = nullptr;
+    size_t bytes = 0;
+    bool mapped = false;  // a read-only file mapping: its pages are dropped once packed
+    std::shared_ptr<void> keep_alive;
+};
+
+struct Layer {
+    std::vector<float> attn_norm, ffn_norm, q_norm, k_norm, q_bias, k_bias, v_bias;
+    Matrix q{}, k{}, v{}, o{}, gate{}, up{}, down{};
+    Neurons neurons{};  // exact mode: up and down live here
+    Source up_source, down_source;
+};
+
+// Keys and values, f16, [layer][kv head][position][head_dim padded to 16].
+class Cache {
+  public:
+    Cache(const Config& config, int n_ctx);
+    ~Cache();
+    Cache(const Cache&) = delete;
+    int n_ctx, n_past = 0;
+    uint16_t* k(int layer, int head) { return data_ + at(layer, head); }
+    uint16_t* v(int layer, int head) { return data_ + size_ / 2 + at(layer, head); }
+    size_t bytes() const { return size_ * 2; }
+    int layers() const { return layers_; }
+    int heads() const { return heads_; }
+    int stride() const { return stride_; }
+
+  private:
+    size_t at(int layer, int head) const {
+        return (size_t(layer) * size_t(heads_) + size_t(head)) * size_t(n_ctx) * size_t(stride_);
+    }
+    int layers_, heads_, stride_;
+    size_t size_;
+    uint16_t* data_;
+};
+
+// Counters since the last reset. A neuron counts once per token; bytes are weights only.
+struct Stats {
+    uint64_t decode_tokens = 0, decode_active = 0, decode_bytes = 0;
+    uint64_t prefill_tokens = 0, prefill_active = 0, prefill_bytes = 0;
+};
+
+class Model {
+  public:
+    enum class Mode { exact, dense };
+    Model(Config config, int n_threads, Mode mode);
+
+    // Names are Hugging Face's. Throws std::invalid_argument for unknown names and shapes that do not fit.
+    void set_tensor(const std::string& name, Source source);
+    void finish();  // throws std::invalid_argument naming the first missing tensor
+
+    // Appends tokens to the cache; writes logits of the last token, or of all, to `logits`.
+    // `interrupted` is asked between layers; true leaves the cache as it was and returns false.
+    bool forward(Cache& cache, std::span<const int32_t> tokens, bool all_logits, float* logits,
+                 const std::function<bool()>& interrupted);
+
+    const Config config;
+    const Mode mode;
+    Stats stats;
+    bool skipping = true;  // exact mode: false after measured density made skipping a loss
+    int n_threads() const { return pool_->n_threads(); }
+    void set_threads(int n);
+    size_t weight_bytes() const { return arena_.used(); }
+
+  private:
+    struct Part {  // rows of one projection
+        const Matrix* w;
+        float* out;
+        const float* bias;
+    };
+    struct Workspace;
+
+    Matrix pack(const Source& s, int rows, int cols);
+    void pack_neurons(Layer& layer);
+    void release(const Source& s);
+
+    void decode(Cache& cache, int32_t token, const std::function<bool()>& interrupted, bool& stopped);
+    void project(std::initializer_list<Part> parts, const Acts& x, float scale, bool accumulate);
+    void attend_token(Layer& layer, int index, Cache& cache);
+    void ffn_dense(Layer& layer);
+    void ffn_exact(Layer& layer);
+    uint64_t ffn_segment(const Neurons& n, const Matrix& gate, int first_group, int last_group, float* y);
+
+    void prefill(Cache& cache, std::span<const int32_t> tokens, const std::function<bool()>& interrupted,
+                 bool& stopped);
+    void pack_a(Type type, const float* x, int m, int cols, int ldx);
+    void gemm(const Matrix& w, const float* x, int m, int ldx, float* c, int ldc);
+    void attend_batch(Layer& layer, int index, Cache& cache, int m);
+    void ffn_batch(Layer& layer, int m);
+    void rotate(float* x, int heads, int position, const std::vector<float>& norm);
+    void embed(int32_t token, float* out);
+    void logits_of(const float* x, int m, float* out);
+
+    const Kernels& k_;
+    std::unique_ptr<Pool> pool_;
+    Arena arena_;
+    std::mutex busy_;
+    Matrix embed_{}, head_{};
+    std::vector<float> final_norm_;
+    std::vector<Layer> layers_;
+    std::shared_ptr<Workspace> ws_;
+    double density_ = -1;  // running mean over layers and tokens, decode
+};
+
+}  // namespace prosparse

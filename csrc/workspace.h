@@ -1,0 +1,84 @@
+// Scratch of one forward pass, reused between calls.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "model.h"
+
+namespace prosparse {
+
+inline constexpr int kBatch = 256;    // tokens a prefill step takes through the layers together
+inline constexpr int kSegments = 16;  // exact FFN: parts with a partial sum of their own, whatever the thread count
+
+// Activations and the arrays they are quantised into.
+struct ActBuffer {
+    std::vector<float> f, scale, sum;
+    std::vector<int16_t> q;
+    std::vector<int8_t> hi, lo;
+    Acts acts{};
+
+    void resize(int n) {
+        const size_t p = size_t(round_up(n, 64));
+        f.assign(p, 0), q.assign(p, 0), hi.assign(p, 0), lo.assign(p, 0);
+        scale.assign(p / 32, 0), sum.assign(p / 32, 0);
+        acts = {n, f.data(), q.data(), hi.data(), lo.data(), scale.data(), sum.data()};
+    }
+    // values [at, at + n) as activations of their own; `at` is a multiple of 64
+    Acts slice(int at, int n) const {
+        return {n, acts.f + at, acts.q + at, acts.hi + at, acts.lo + at, acts.scale + at / 32, acts.sum + at / 32};
+    }
+};
+
+struct Model::Workspace {
+    explicit Workspace(const Config& c) {
+        x.resize(size_t(c.hidden_size));
+        q.resize(size_t(c.q_size()));
+        k.resize(size_t(c.kv_size()));
+        v.resize(size_t(c.kv_size()));
+        attn.resize(c.q_size());
+        in.resize(c.hidden_size);
+        hidden.resize(c.intermediate_size);
+        up.resize(size_t(c.intermediate_size));
+        partial.resize(size_t(kSegments) * size_t(round_up(c.hidden_size, 64)));
+    }
+
+    // per-thread scratch, for the longest context seen
+    void prepare(const Config& c, int n_ctx, int n_threads, const Kernels& kernels) {
+        const size_t n = size_t(n_threads);
+        scores.resize(n), heads.resize(n), scratch.resize(n);
+        active.resize(std::max(active.size(), n * 6 + kSegments));
+        for (auto& s : scores) s.resize(std::max(s.size(), size_t(c.group()) * size_t(n_ctx)));
+        for (auto& h : heads) h.resize(size_t(2 * c.group() * c.padded_head()));
+        for (auto& s : scratch) s.resize(kernels.gemm_scratch_bytes(0));
+    }
+
+    void resize_batch(const Config& c, int m, const Kernels& kernels) {
+        const int panel = kernels.panel;
+        const size_t rows = size_t(round_up(m, kernels.token_tile));
+        ldq = round_up(c.q_size(), panel);
+        ldkv = round_up(c.kv_size(), panel);
+        ldff = round_up(c.intermediate_size, panel);
+        ldd = round_up(c.hidden_size, panel);
+        bx.resize(rows * size_t(c.hidden_size));
+        bnorm.resize(rows * size_t(c.hidden_size));
+        battn.resize(rows * size_t(c.q_size()));
+        bq.resize(rows * size_t(ldq));
+        bk.resize(rows * size_t(ldkv));
+        bv.resize(rows * size_t(ldkv));
+        bgate.resize(rows * size_t(ldff));
+        bup.resize(rows * size_t(ldff));
+        bout.resize(rows * size_t(ldd));
+    }
+
+    std::vector<float> x, q, k, v, up, partial;
+    ActBuffer in, attn, hidden;
+    std::vector<uint64_t> active;  // per item of an FFN job
+    std::vector<std::vector<float>> scores, heads;  // per thread
+    // prefill: one row per token, leading dimensions padded to whole gemm panels
+    int ldq = 0, ldkv = 0, ldff = 0, ldd = 0;
+    std::vector<float> bx, bnorm, bq, bk, bv, battn, bgate, bup, bout, blogits;
+    std::vector<uint8_t> packed_a;
+    std::vector<std::vector<uint8_t>> scratch;  // per thread
+};
+
+}  // namespace prosparse
