@@ -34,7 +34,7 @@ Buffer = bytes | mmap.mmap
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """A parsed file: values are int, float, bool, str, list[str] or numpy vectors, tensors have GGUF names."""
+    """A parsed file: values are int, float, bool, str, list[str] or numpy vectors, names are GGUF's."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
@@ -117,7 +117,7 @@ def parse(buffer: Buffer, name: str) -> GGUFFile:
         end, before = offset + size, tensor_name
         if start + end > reader.size:
             raise reader.error(
-                f"tensor {tensor_name} (offset {offset}, {size} bytes) runs over the end of the file: truncated?"
+                f"tensor {tensor_name} (offset {offset}, {size} bytes) runs over the end of the file"
             )
         data = np.frombuffer(buffer, np.uint8, size, start + offset).reshape(data_shape)
         tensors[tensor_name] = Tensor(kind, shape, data)

@@ -1,0 +1,158 @@
+"""`prosparse convert`: between HF folders and GGUF files, with quantisation and folding."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prosparse.formats.gguf import write_gguf
+from prosparse.formats.hf import write_folder
+from prosparse.formats.open import interleave, open_model
+from prosparse.formats.quants import NATIVE, quantize
+from prosparse.model import names
+from prosparse.model.config import ModelConfig
+from prosparse.model.fold import fold_scales
+from prosparse.model.model import Model, Tensor
+
+_FLOATS = ("F32", "F16", "BF16")
+_SMALL = ("Q5_1", "Q4_1", "Q4_0")
+_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
+# general.file_type, which llama.cpp shows as the file's type
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_1": 9, "BF16": 32}
+
+
+def convert(
+    source: str | Path, target: str | Path, kind: str | None = None, *, fold: bool = False, pure: bool = False
+) -> Model:
+    """Convert the model at `source` to a GGUF file (`target` ends in .gguf) or an HF folder; returns what
+    was written.
+
+    `kind` is the type of the matrices; None keeps theirs, or for an HF folder makes quantised ones F16.
+    Types of 4 and 5 bits keep embedding and output at Q8_0 unless `pure`. Vectors are always F32.
+    """
+    model = open_model(source)
+    target = Path(target)
+    to_gguf = target.suffix == ".gguf"
+    if kind is not None and kind not in (NATIVE if to_gguf else _FLOATS):
+        raise ValueError(
+            f"an HF folder holds f32, f16 or bf16, not {kind.lower()}; name a .gguf file instead"
+        )
+    if not to_gguf and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists: an HF folder is only written to a new or empty place")
+    stored = {name: tensor.type for name, tensor in model.tensors.items()}
+    stored.setdefault("lm_head.weight", stored["model.embed_tokens.weight"])
+    if fold:
+        model = fold_scales(model)
+    tensors = {}
+    for name, tensor in model.tensors.items():
+        if len(tensor.shape) == 1:
+            wanted = "F32"
+        elif kind is None:
+            wanted = _kept_type(stored[name], tensor, to_gguf)
+        elif kind in _SMALL and not pure and name in _TOKENS:
+            wanted = "Q8_0"
+        else:
+            wanted = kind
+        tensors[name] = with_type(tensor, wanted)
+    model = Model(model.config, tensors, model.tokenizer, model.name)
+    if to_gguf:
+        write_model(target, model)
+    else:
+        write_folder(target, model, _main_type(tensors))
+    return model
+
+
+def _kept_type(stored: str, tensor: Tensor, to_gguf: bool) -> str:
+    """The type of the source; Q8_0 for a folded matrix whose type we cannot write."""
+    if not to_gguf:
+        return stored if stored in _FLOATS else "F16"
+    return stored if tensor.type == stored or stored in NATIVE else "Q8_0"
+
+
+def with_type(tensor: Tensor, kind: str) -> Tensor:
+    """The tensor in another type, quantised whenever its data is asked for."""
+    if tensor.type == kind:
+        return tensor
+    return Tensor(kind, tensor.shape, lambda: quantize(tensor.dequantize(), kind))
+
+
+def _main_type(tensors: Mapping[str, Tensor]) -> str:
+    """The type of most bytes of the matrices."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        if len(tensor.shape) == 2:
+            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.nbytes
+    return max(sizes, key=lambda kind: sizes[kind])
+
+
+def write_model(path: Path, model: Model) -> None:
+    """Write a model as a GGUF file, tokenizer and activation included."""
+    config = model.config
+    settings = config.to_gguf()
+    general: dict[str, Any] = {
+        "general.type": "model",
+        "general.name": model.name,
+        "general.quantization_version": 2,
+    }
+    main_type = _main_type(model.tensors)
+    if main_type in _FILE_TYPES:
+        general["general.file_type"] = _FILE_TYPES[main_type]
+    # the settings stand first, and win over the tokenizer's where both name the end tokens
+    metadata = settings | general | model.tokenizer.to_gguf_metadata(config.vocab_size) | settings
+    tensors = dict(_rope_factors(config))
+    for name, tensor in model.tensors.items():
+        gguf_name = names.to_gguf(name)
+        assert gguf_name, "a Model has only names of the table"
+        if heads := names.interleaved_heads(config, name):
+            tensor = Tensor(tensor.type, tensor.shape, partial(_interleaved, tensor, heads))
+        tensors[gguf_name] = tensor
+    write_gguf(path, metadata, tensors)
+
+
+def _interleaved(tensor: Tensor, heads: int) -> np.ndarray:
+    return interleave(tensor.data, heads)
+
+
+def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
+    """GGUF keeps llama3's scaling, and any other list of factors, as a tensor."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.type not in ("llama3", "factors"):
+        return {}
+    factors = scaling.frequency_divisors(config.head_dim, config.rope_theta).astype(np.float32)
+    return {"rope_freqs.weight": Tensor("F32", factors.shape, factors.view(np.uint8))}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="GGUF file, HF folder, Hub id, or demo")
+    parser.add_argument("target", metavar="DST", help="a name ending in .gguf, or a new HF folder")
+    parser.add_argument(
+        "--type",
+        choices=[name.lower() for name in NATIVE],
+        help="type of the matrices (default: as they are)",
+    )
+    parser.add_argument("--pure", action="store_true", help="4- and 5-bit types for embedding and output too")
+    parser.add_argument("--fold", action="store_true", help="fold MiniCPM's scales into plain LLaMA weights")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    kind = args.type.upper() if args.type else None
+    model = convert(args.source, args.target, kind, fold=args.fold, pure=args.pure)
+    seconds = time.monotonic() - start
+    act = model.config.activation
+    if act.name != "silu" and Path(args.target).suffix == ".gguf":
+        print(
+            f"note: llama.cpp ignores hidden_act {act.name} and would run this file as silu", file=sys.stderr
+        )
+    print(f"{args.target}: {model.size_bytes / 1e6:.1f} MB of weights in {seconds:.1f} s")
+    if args.json:
+        result = {"target": str(args.target), "size_bytes": model.size_bytes, "seconds": round(seconds, 3)}
+        print(json.dumps(result))
+    return 0

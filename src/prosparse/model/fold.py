@@ -1,0 +1,75 @@
+"""Rewrite a model as an equal one that more programs can hold.
+
+MiniCPM's scales go into plain LLaMA weights; per-layer FATReLU thresholds become one threshold.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from prosparse.model.activation import Activation
+from prosparse.model.model import Model, Tensor
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def fold_scales(model: Model) -> Model:
+    """A llama model that computes the same as a minicpm one; others are returned as they are.
+
+    Scaled matrices become F32. The embedding and the head get different factors, so a tied model is untied.
+    """
+    config = model.config
+    if config.architecture != "minicpm":
+        return model
+    tensors = dict(model.tensors)
+    head = tensors[_EMBEDDING if config.tie_word_embeddings else _HEAD]
+    tensors[_HEAD] = scaled(head, 1 / config.logit_scale)
+    tensors[_EMBEDDING] = scaled(tensors[_EMBEDDING], config.embedding_scale)
+    for i in range(config.num_hidden_layers):
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            name = f"model.layers.{i}.{part}.weight"
+            tensors[name] = scaled(tensors[name], config.residual_scale)
+    folded = replace(
+        config,
+        architecture="llama",
+        tie_word_embeddings=False,
+        embedding_scale=1.0,
+        residual_scale=1.0,
+        logit_scale=1.0,
+    )
+    return Model(folded, tensors, model.tokenizer, model.name)
+
+
+def fold_thresholds(model: Model, thresholds: Sequence[float], threshold: float) -> Model:
+    """Give every layer the FATReLU threshold `threshold` in place of its own of `thresholds`.
+
+    fatrelu_t(g) u = fatrelu_ct(c g) u/c for c > 0: with c = threshold / own, gate rows are multiplied and
+    up rows divided by c. All thresholds must be positive.
+    """
+    config = model.config
+    if len(thresholds) != config.num_hidden_layers:
+        raise ValueError(f"{len(thresholds)} thresholds for {config.num_hidden_layers} layers")
+    for value in (*thresholds, threshold):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"thresholds must be positive to be folded, not {value}")
+    tensors = dict(model.tensors)
+    for i, own in enumerate(thresholds):
+        for part, factor in (("gate", threshold / own), ("up", own / threshold)):
+            name = f"model.layers.{i}.mlp.{part}_proj.weight"
+            tensors[name] = scaled(tensors[name], factor)
+    config = replace(config, activation=Activation("fatrelu", float(threshold)))
+    return Model(config, tensors, model.tokenizer, model.name)
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """F32 tensor times `factor`, computed when its data is asked for; the tensor itself for 1."""
+    if factor == 1:
+        return tensor
+    return Tensor("F32", tensor.shape, partial(_product, tensor, factor))
+
+
+def _product(tensor: Tensor, factor: float) -> np.ndarray:
+    return (tensor.dequantize() * np.float32(factor)).view(np.uint8)
