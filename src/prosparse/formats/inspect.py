@@ -80,9 +80,8 @@ def main(args: argparse.Namespace) -> int:
     print(f"{report['size_bytes'] / 1e6:.1f} MB")
     for kind, entry in report["types"].items():
         bits = 8 * entry["bytes"] / entry["weights"]
-        print(
-            f"  {kind:<6} {entry['tensors']:>5} tensors {entry['bytes'] / 1e6:>10.1f} MB  {bits:.2f} bits a weight"
-        )
+        size = f"{entry['bytes'] / 1e6:.1f} MB"
+        print(f"  {kind:<6} {entry['tensors']:>5} tensors {size:>12}  {bits:.2f} bits a weight")
     if report["config"]:
         print("config")
         for key, value in report["config"].items():

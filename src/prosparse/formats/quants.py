@@ -1,7 +1,5 @@
 """GGML tensor types: ids, quantisation, damage checks, repacking to the types that have native kernels."""
 
-import math
-
 import numpy as np
 
 from prosparse.model.model import BLOCKS, Tensor
@@ -96,7 +94,7 @@ def to_native(tensor: Tensor) -> Tensor:
     columns = tensor.shape[-1]
     step = max(1, _WEIGHTS_AT_ONCE // columns)
     rows = tensor.data.reshape(-1, tensor.data_shape[-1])
-    packed = []
+    packed: list[np.ndarray] = []
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         if kind == "Q8_0":
@@ -113,7 +111,7 @@ def _pack(levels: np.ndarray, scales: np.ndarray, minima: np.ndarray, kind: str)
         head = np.stack([scales, minima], axis=1).astype(np.float16)
     if not np.isfinite(head).all():
         raise ValueError(f"a block scale is too large to repack as {kind}")
-    parts = [head.view(np.uint8)]
+    parts: list[np.ndarray] = [head.view(np.uint8)]
     if kind == "Q5_1":
         parts.append(np.packbits(levels >> 4, axis=1, bitorder="little"))
     parts.append(levels[:, :16] & 15 | levels[:, 16:] << 4)

@@ -8,6 +8,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def parse(buffer: bytes | mmap.mmap, name: str) -> dict[str, Tensor]:
         data = np.frombuffer(buffer, np.uint8, end - begin, start + begin)
         tensors[tensor_name] = Tensor(kind, shape, data.reshape(*shape[:-1], -1))
     ranges.sort()
-    for (_, end, first), (begin, _, second) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, first), (begin, _, second) in pairwise(ranges):
         if begin < end:
             raise ValueError(f"{name}: tensor {second} overlaps tensor {first}")
     return tensors

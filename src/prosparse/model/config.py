@@ -100,6 +100,7 @@ class ModelConfig:
         """The contents of a config.json, without `torch_dtype`."""
         from prosparse.model.config_hf import fields_to_hf
 
+        self._check_writable()
         return fields_to_hf(self)
 
     @classmethod
@@ -116,7 +117,17 @@ class ModelConfig:
         """The architecture and activation keys of a GGUF file (see `from_gguf` for what they leave out)."""
         from prosparse.model.config_gguf import fields_to_gguf
 
+        self._check_writable()
         return fields_to_gguf(self)
+
+    def _check_writable(self) -> None:
+        """File formats derive these fields from the architecture alone."""
+        implied: dict[str, float] = {"attention_bias": self.architecture == "qwen2", "qk_norm": self.architecture == "qwen3"}
+        if self.architecture != "minicpm":
+            implied |= {"embedding_scale": 1, "residual_scale": 1, "logit_scale": 1}
+        for name, value in implied.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"a {self.architecture} file cannot hold {name} = {getattr(self, name)}")
 
 
 def _is_number(value: object) -> bool:

@@ -216,9 +216,12 @@ def _equal_longrope(rope: dict[str, Any]) -> RopeScaling:
 
 def fields_to_hf(config: "ModelConfig") -> dict[str, Any]:
     act = config.activation
+    architecture = config.architecture
+    if architecture == "llama" and config.sliding_window:
+        architecture = "mistral"  # the same but for the window, which LLaMA configs cannot hold
     fields: dict[str, Any] = {
-        "architectures": [_CLASSES[config.architecture]],
-        "model_type": config.architecture,
+        "architectures": [_CLASSES[architecture]],
+        "model_type": architecture,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -243,18 +246,16 @@ def fields_to_hf(config: "ModelConfig") -> dict[str, Any]:
             fields["eos_token_id"] = one
         case many:
             fields["eos_token_id"] = list(many)
-    if config.architecture == "mistral":
+    if architecture == "mistral":
         fields["sliding_window"] = config.sliding_window
-    elif config.architecture in ("qwen2", "qwen3"):
+    elif architecture in ("qwen2", "qwen3"):
         sliding = config.sliding_window is not None
         fields |= {"use_sliding_window": sliding, "sliding_window": config.sliding_window}
         # transformers slides the layers from this one on
         fields["max_window_layers"] = 0 if sliding else config.num_hidden_layers
     elif config.sliding_window is not None:
-        raise ValueError(
-            f"sliding_window {config.sliding_window} has no form in an HF {config.architecture} config"
-        )
-    if config.architecture == "minicpm":
+        raise ValueError(f"an HF {architecture} config cannot hold sliding_window = {config.sliding_window}")
+    if architecture == "minicpm":
         fields |= {
             "scale_emb": config.embedding_scale,
             "scale_depth": _tidy(config.residual_scale * math.sqrt(config.num_hidden_layers)),
