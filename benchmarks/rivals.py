@@ -129,12 +129,13 @@ class Prosparse:
         import prosparse
         from prosparse import _core
 
-        decode = self._llm.stats()["decode"]
+        stats = self._llm.stats()
         return {
             "version": f"prosparse {prosparse.__version__}",
             "isa": _core.isa(),
-            "sparsity": 1 - decode["active"] / decode["neurons"],
-            "bytes_per_token": decode["weight_bytes_read"] / decode["tokens"],
+            "mode": self._llm.mode_reason,
+            "sparsity": 1 - stats["active"] / stats["neurons"],
+            "bytes_per_token": stats["weight_bytes_read"] / stats["tokens"],
         }
 
     def bandwidth(self, n_threads: int) -> float:
