@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def make_tiny(
     bias: bool = False,
     qk_norm: bool = False,
     seed: int = 0,
-    **overrides: object,
+    **overrides: Any,
 ) -> Model:
     """A random model with a byte tokenizer; `overrides` are further ModelConfig fields.
 

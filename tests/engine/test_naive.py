@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from prosparse.engine.engine import core_config
+from prosparse.engine.backend import core_config
 from prosparse.engine.naive import NaiveCache, NaiveModel
 from prosparse.model.model import Model
 from prosparse.model.rope import RopeScaling

@@ -1,27 +1,297 @@
-"""LLM: a loaded model, what `prosparse.load` returns."""
+"""LLM: a loaded model that answers. What `prosparse.load` returns; faces use nothing below it."""
 
-from prosparse.model.config import ModelConfig
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
+from time import perf_counter
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from prosparse.engine.backend import (
+    backend_classes,
+    choose_ctx,
+    choose_mode,
+    choose_threads,
+    core_config,
+    is_file_view,
+)
+from prosparse.engine.completion import Chunk, Completion
+from prosparse.engine.sampler import Sampler, SamplingParams
+from prosparse.engine.stream import TextStream
+from prosparse.engine.traffic import Traffic
+from prosparse.formats.quants import to_native
+from prosparse.model.chat import CHATML, MINICPM, render
+from prosparse.model.model import Model, Tensor
+from prosparse.model.tokenizer import Tokenizer
+
+log = logging.getLogger("prosparse")
+
+_SAMPLING = SamplingParams()
+_LOGITS_FLOATS = 2**24  # logits that `logprobs` holds at a time: 64 MB
 
 
-def core_config(config: ModelConfig) -> dict:
-    """The flat dict that `_core.Model` and `NaiveModel` are made from."""
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "embedding_scale",
-        "residual_scale",
-        "logit_scale",
-        "qk_norm",
-    )
-    return {name: getattr(config, name) for name in names} | {
-        "hidden_act": config.activation.name,
-        "hidden_act_param": config.activation.param,
-        "inv_freq": config.inv_freq().tolist(),
-        "rope_attention_factor": config.rope_attention_factor(),
-    }
+class LLM:
+    """A model ready to run on the CPU.
+
+    `n_ctx`: context in tokens (default 4096, or less if the model was trained for less). `n_threads`: default
+    one per usable core. `mode`: "exact" skips inactive neurons and gives the same result as "dense"; "auto"
+    takes exact where the activation has exact zeros. `backend`: "cpu", or "naive" (numpy, for tests).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        mode: str = "auto",
+        backend: str = "cpu",
+    ) -> None:
+        self.config = model.config
+        self.name = model.name
+        self.n_ctx = choose_ctx(model.config, n_ctx)
+        self.mode, self._mode_reason = choose_mode(model.config, mode)
+        model_class, self._cache_class = backend_classes(backend)
+        self._tokenizer_data = model.tokenizer
+        self._core = model_class(core_config(model.config), choose_threads(n_threads), self.mode)
+        self.traffic = self._set_tensors(model.tensors)
+        self._core.finish()
+
+    def _set_tensors(self, tensors: Mapping[str, Tensor]) -> Traffic:
+        nbytes: dict[str, int] = {}
+        repacked: Counter[str] = Counter()
+        for name, tensor in tensors.items():
+            native = to_native(tensor)
+            if native.type != tensor.type:
+                repacked[f"{tensor.type} as {native.type}"] += 1
+            data = native.data
+            self._core.set_tensor(name, native.type, native.shape, data, is_file_view(data))
+            nbytes[name] = data.nbytes
+        if repacked:
+            kinds = ", ".join(f"{count} tensors of {kind}" for kind, count in repacked.items())
+            log.warning("%s: repacked %s", self.name, kinds)
+        return Traffic.of(nbytes, self.config.vocab_size)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's own tokenizer; ValueError if the file has none."""
+        return Tokenizer.build(self._tokenizer_data, self.config.bos_token_id, self.config.eos_token_ids)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source; None if the model names none, then `chat` uses ChatML."""
+        return self.tokenizer.chat_template or (MINICPM if self.config.architecture == "minicpm" else None)
+
+    @property
+    def n_threads(self) -> int:
+        return self._core.n_threads
+
+    @n_threads.setter
+    def n_threads(self, n: int) -> None:
+        self._core.n_threads = n
+
+    @property
+    def mode_reason(self) -> str:
+        """The mode that runs and why, in one line."""
+        if self.mode == "exact" and not self._core.skipping:
+            return "dense for now: so many neurons are active that skipping the others would cost time"
+        return f"{self.mode}: {self._mode_reason}"
+
+    def new_cache(self, n_ctx: int | None = None) -> Any:
+        """An empty KV cache for `forward`, of the model's context length unless told."""
+        return self._cache_class(self._core, self.n_ctx if n_ctx is None else n_ctx)
+
+    def forward(
+        self, tokens: Sequence[int] | np.ndarray, cache: Any = None, all_logits: bool = False
+    ) -> np.ndarray:
+        """float32 logits [1, vocab] of the last token, or [n, vocab]; appends to `cache`, or to a new one.
+
+        One token is decoding, more are prefill.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        return self._core.forward(cache or self.new_cache(ids.size), ids, all_logits)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the last `reset_stats`: see `NaiveModel.stats`."""
+        return self._core.stats()
+
+    def reset_stats(self) -> None:
+        self._core.reset_stats()
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = ...,
+        sampling: SamplingParams = ...,
+        stop: Sequence[str] = ...,
+        stream: Literal[False] = ...,
+        context: "Context | None" = ...,
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = ...,
+        sampling: SamplingParams = ...,
+        stop: Sequence[str] = ...,
+        stream: Literal[True],
+        context: "Context | None" = ...,
+    ) -> Iterator[Chunk]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        sampling: SamplingParams = _SAMPLING,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+        context: "Context | None" = None,
+    ) -> Completion | Iterator[Chunk]:
+        """Continues a text (BOS is added as the model was trained) or token ids (taken as they are).
+
+        Ends at an end-of-turn token or a `stop` string (finish_reason "stop"), or after `max_tokens`
+        (-1: no limit) or at a full context ("length"). With `stream`, chunks come as they are made. A
+        `context` keeps its tokens between calls, so a prompt that begins alike is not computed again.
+        """
+        ids = self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty")
+        if len(ids) > self.n_ctx:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}: raise n_ctx (-c)"
+            )
+        if max_tokens < -1:
+            raise ValueError(f"max_tokens must be at least 0, or -1 for no limit, not {max_tokens}")
+        # the last token is never fed back, so it needs no room
+        room = self.n_ctx - len(ids) + 1
+        limit = room if max_tokens == -1 else min(max_tokens, room)
+        chunks = self._chunks(ids, limit, sampling, stop, context or Context(self, len(ids) + limit))
+        if stream:
+            return chunks
+        *_, last = chunks
+        assert last.completion is not None, "the last chunk carries the completion"
+        return last.completion
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        """The assistant's answer to `messages`, by the model's own template; options as in `generate`."""
+        return self.generate(self.chat_ids(messages), **options)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation up to where the assistant answers."""
+        tokenizer = self.tokenizer
+        text = render(
+            self.chat_template or CHATML,
+            messages,
+            bos_token=tokenizer.token_text(tokenizer.bos_id),
+            eos_token=tokenizer.token_text(next(iter(self.config.eos_token_ids), None)),
+        )
+        return tokenizer.encode(text, special=True)
+
+    def _chunks(
+        self, ids: list[int], limit: int, sampling: SamplingParams, stop: Sequence[str], context: "Context"
+    ) -> Iterator[Chunk]:
+        sampler, text = Sampler(sampling), TextStream(stop)
+        eos_ids, token_bytes = self.tokenizer.eos_ids, self.tokenizer.token_bytes
+        history, pieces = list(ids), []
+        finish_reason: Literal["stop", "length"] = "length"
+        before = self.stats()
+        start = perf_counter()
+        n_computed = context.start(ids)
+        prompt_seconds = perf_counter() - start
+
+        seconds, start = 0.0, perf_counter()
+        while len(history) < len(ids) + limit:
+            token = sampler.sample(context.logits, history)
+            if token in eos_ids:
+                finish_reason = "stop"
+                break
+            history.append(token)
+            if piece := text.push(token_bytes(token)):
+                seconds += perf_counter() - start
+                pieces.append(piece)
+                yield Chunk(piece)
+                start = perf_counter()
+            if text.stopped is not None:
+                finish_reason = "stop"
+                break
+            if len(history) < len(ids) + limit:
+                context.append(token)
+        seconds += perf_counter() - start
+
+        if rest := text.finish():
+            pieces.append(rest)
+        spent = {key: value - before[key] for key, value in self.stats().items()}
+        steps = spent["tokens"]
+        completion = Completion(
+            text="".join(pieces),
+            token_ids=history[len(ids) :],
+            n_prompt=len(ids),
+            n_gen=len(history) - len(ids),
+            prompt_tok_s=n_computed / prompt_seconds,
+            gen_tok_s=steps / seconds if steps else 0.0,
+            sparsity=1 - spent["active"] / spent["neurons"] if steps else 0.0,
+            bytes_per_token=spent["weight_bytes_read"] // steps if steps else 0,
+            mode=self.mode,
+            finish_reason=finish_reason,
+        )
+        yield Chunk(rest, completion)
+
+    def logprobs(self, token_ids: Sequence[int] | np.ndarray, start: int = 0) -> np.ndarray:
+        """float32 [n-1-start]: log p(token[i+1] | tokens up to i) for i from `start` on.
+
+        The logits of a few hundred tokens at most are in memory at a time.
+        """
+        ids = np.ascontiguousarray(token_ids, np.int32)
+        n = ids.size - 1
+        if not 0 <= start <= n:
+            raise ValueError(f"start must be from 0 to {n}, not {start}")
+        if n > self.n_ctx:
+            raise ValueError(f"{ids.size} tokens were given, the context holds {self.n_ctx}: raise n_ctx")
+        out = np.empty(n - start, np.float32)
+        cache = self.new_cache(max(n, 1))
+        if start:
+            self._core.forward(cache, ids[:start], False)
+        step = max(1, min(512, _LOGITS_FLOATS // self.config.vocab_size))
+        for a in range(start, n, step):
+            b = min(a + step, n)
+            logits = self._core.forward(cache, ids[a:b], True)
+            logits -= logits.max(axis=1, keepdims=True)
+            chosen = logits[np.arange(b - a), ids[a + 1 : b + 1]]
+            total = np.exp(logits, out=logits).sum(axis=1, dtype=np.float64)
+            out[a - start : b - start] = chosen - np.log(total)
+        return out
+
+
+class Context:
+    """A KV cache and the tokens in it. Prompts that begin with the same tokens reuse their part."""
+
+    def __init__(self, llm: LLM, n_ctx: int | None = None) -> None:
+        self.ids: list[int] = []
+        self.logits = np.empty(0, np.float32)  # [vocab], of the last token
+        self._cache = llm.new_cache(n_ctx)
+        self._forward = llm._core.forward
+        self._token = np.empty(1, np.int32)
+
+    def start(self, ids: list[int]) -> int:
+        """Makes the context hold exactly `ids`; how many of them had to be computed."""
+        # at least the last one, for its logits
+        shared = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1], strict=False))
+        )
+        self._cache.truncate(shared)
+        del self.ids[shared:]
+        self.logits = self._forward(self._cache, np.array(ids[shared:], np.int32), False)[0]
+        self.ids += ids[shared:]
+        return len(ids) - shared
+
+    def append(self, token: int) -> None:
+        """Decodes one token."""
+        self._token[0] = token
+        self.logits = self._forward(self._cache, self._token, False)[0]
+        self.ids.append(token)

@@ -14,7 +14,7 @@ from prosparse.model.model import Tensor
 
 
 class NaiveModel:
-    """`config` is the flat dict that `engine.core_config` makes; `mode` is "exact" or "dense"."""
+    """`config` is the flat dict that `backend.core_config` makes; `mode` is "exact" or "dense"."""
 
     def __init__(self, config: Mapping[str, Any], n_threads: int = 1, mode: str = "exact") -> None:
         if mode not in ("exact", "dense"):
@@ -22,6 +22,7 @@ class NaiveModel:
         self.config = dict(config)
         self.n_threads = n_threads
         self.mode = mode
+        self.skipping = mode == "exact"  # the native engine clears it while skipping does not pay
         self._activation = Activation(config["hidden_act"], config["hidden_act_param"])
         if mode == "exact" and not self._activation.sparse:
             raise ValueError(f"exact mode needs an activation with exact zeros, not {self._activation.name}")
@@ -30,7 +31,9 @@ class NaiveModel:
         self._nbytes: dict[str, int] = {}
         self.reset_stats()
 
-    def set_tensor(self, name: str, type: str, shape: Sequence[int], data: np.ndarray) -> None:
+    def set_tensor(
+        self, name: str, type: str, shape: Sequence[int], data: np.ndarray, mapped: bool = False
+    ) -> None:
         """Takes one weight by its Hugging Face name, as stored."""
         self._weights[name] = Tensor(type, tuple(shape), data).dequantize()
         self._nbytes[name] = data.nbytes
@@ -46,7 +49,9 @@ class NaiveModel:
         )
         self._skipped_bytes = sum(n for name, n in self._nbytes.items() if _is_skipped(name))
 
-    def forward(self, cache: "NaiveCache", tokens: Sequence[int], all_logits: bool = False) -> np.ndarray:
+    def forward(
+        self, cache: "NaiveCache", tokens: Sequence[int] | np.ndarray, all_logits: bool = False
+    ) -> np.ndarray:
         """float32 logits [T or 1, V]; appends T positions to `cache`."""
         c = self.config
         ids = np.asarray(tokens, np.int32)
@@ -61,7 +66,7 @@ class NaiveModel:
         scale = np.float32(c["rope_attention_factor"])
         rope_TK = np.cos(angles) * scale, np.sin(angles) * scale
 
-        h_TD = self._weights["model.embed_tokens.weight"][ids] * np.float32(c["embedding_scale"])
+        h_TD: np.ndarray = self._weights["model.embed_tokens.weight"][ids] * np.float32(c["embedding_scale"])
         residual = np.float32(c["residual_scale"])
         for layer in range(c["num_hidden_layers"]):
             x_TD = self._norm(h_TD, f"model.layers.{layer}.input_layernorm")

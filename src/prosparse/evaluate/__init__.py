@@ -1,0 +1,1 @@
+"""Measuring models through the calls every runner offers."""
