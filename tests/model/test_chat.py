@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from prosparse.model.chat import CHATML, MINICPM, default_template, render
+from prosparse.model.chat import CHATML, MINICPM, render
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -49,11 +49,6 @@ def test_chatml() -> None:
 def test_minicpm() -> None:
     assert render(MINICPM, [{"role": "user", "content": "你好 "}]) == "<用户>你好<AI>"
     assert render(MINICPM, CONVERSATION) == "Be brief.<用户>What is 2 < 3 & 'x'?<AI>True.<用户>Why?<AI>"
-
-
-def test_default_template() -> None:
-    assert default_template("minicpm") == MINICPM
-    assert default_template("llama") == default_template("qwen2") == CHATML
 
 
 def test_smollm2(smollm2_metadata: dict[str, Any]) -> None:

@@ -1,6 +1,9 @@
+import contextlib
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -96,13 +99,20 @@ def test_parse_and_serialize_agree(spm_bpe: bytes, spm_unigram: bytes) -> None:
         assert SentencePieceModel.from_gguf(model.to_gguf()) == model
 
 
-def test_truncated_models_raise(spm_bpe: bytes) -> None:
-    """Cut anywhere, a file gives a ValueError or a model with fewer fields, never a crash."""
-    for size in [*range(64), *range(64, len(spm_bpe), 97)]:
-        try:
-            Tokenizer.build(TokenizerData("gguf", SentencePieceModel.parse(spm_bpe[:size]).to_gguf()), 1)
-        except ValueError:
-            continue
+def test_damaged_models(spm_bpe: bytes) -> None:
+    """Cut or changed anywhere, a file gives a ValueError or a working model, never a crash."""
+    rng = random.Random(0)
+    samples = [spm_bpe[:size] for size in [*range(64), *range(64, len(spm_bpe), 397)]]
+    for _ in range(300):
+        sample = bytearray(spm_bpe)
+        for _ in range(rng.randrange(1, 4)):
+            sample[rng.randrange(len(sample)) if rng.random() < 0.5 else -rng.randrange(1, 80)] = (
+                rng.randrange(256)
+            )
+        samples.append(bytes(sample))
+    for sample in samples:
+        with contextlib.suppress(ValueError):
+            Tokenizer.build(TokenizerData("gguf", SentencePieceModel.parse(sample).to_gguf()), 1).encode("a")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +122,7 @@ def test_truncated_models_raise(spm_bpe: bytes) -> None:
         (b"\x0b", "wire type 3"),
         (b"\x0a\xff", "middle of a number"),
         (b"\x0a\x05a", "middle"),
+        (b"\x08\x05", "not a SentencePiece model"),
     ],
 )
 def test_bad_model(data: bytes, message: str) -> None:
@@ -120,7 +131,10 @@ def test_bad_model(data: bytes, message: str) -> None:
 
 
 def test_bad_metadata(spm_bpe: bytes) -> None:
+    n = len(SentencePieceModel.parse(spm_bpe).pieces)
     with pytest.raises(ValueError, match="scores is 1 long"):
         build(spm_bpe, scores=[0.0])
+    with pytest.raises(ValueError, match="scores holds NaN"):
+        build(spm_bpe, scores=np.full(n, np.nan, dtype=np.float32))
     with pytest.raises(ValueError, match="not a working SentencePiece model"):
-        build(spm_bpe, token_type=[1] * len(SentencePieceModel.parse(spm_bpe).pieces))
+        build(spm_bpe, token_type=[1] * n)

@@ -1,4 +1,5 @@
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ def test_smollm2_known_ids(smollm2: Tokenizer) -> None:
     for text, ids in SMOLLM2.items():
         assert smollm2.encode(text) == ids
         assert smollm2.decode(ids) == text
+
+
+def test_byte_order_mark_is_text(smollm2: Tokenizer) -> None:
+    assert smollm2.decode(smollm2.encode("\ufeffa\ufeff")) == "\ufeffa\ufeff"
+
+
+def test_threads_do_not_share_special(smollm2: Tokenizer) -> None:
+    text = "<|im_start|>" * 50
+    expected = {flag: smollm2.encode(text, special=flag) for flag in (False, True)}
+    with ThreadPoolExecutor(4) as pool:
+        flags = [bool(i % 2) for i in range(400)]
+        for flag, ids in zip(flags, pool.map(lambda f: smollm2.encode(text, special=f), flags), strict=True):
+            assert ids == expected[flag]
 
 
 def test_smollm2_special_tokens(smollm2: Tokenizer) -> None:
@@ -126,15 +140,19 @@ def test_token_bytes_are_exact(smollm2: Tokenizer) -> None:
     ("changes", "message"),
     [
         ({"pre": "nonsense"}, "'nonsense'; known pre-tokenizers are .*smollm"),
-        ({"pre": None}, "tokenizer.ggml.pre is None"),
+        ({"pre": None}, "pre is None"),
         ({"model": "rwkv"}, "'rwkv'"),
-        ({"merges": None}, "tokenizer.ggml.merges is missing"),
+        ({"merges": None}, "merges is missing"),
         ({"merges": ["ab"]}, "'ab', which is not two tokens"),
         ({"merges": ["qqqq zzzz"]}, "does not fit"),
-        ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
+        ({"tokens": None}, "tokens is missing"),
         ({"token_type": [1, 1]}, "token_type is 2 long; the vocabulary has 49152"),
         ({"token_type": None}, "token_type is missing"),
+        ({"token_type": [9] * 49152}, "token_type holds 9"),
+        ({"tokens": 5}, "tokens is not an array of str"),
+        ({"merges": [5]}, "merges is not an array of str"),
         ({"eos_token_id": 50000}, "50000 is outside"),
+        ({"bos_token_id": "<s>"}, "'<s>' is outside"),
     ],
 )
 def test_bad_metadata(smollm2_metadata: dict[str, Any], changes: dict[str, Any], message: str) -> None:

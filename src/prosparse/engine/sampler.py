@@ -55,25 +55,44 @@ class Sampler:
         return int(ids[min(drawn, cumulative.searchsorted(cumulative[-1]))])
 
     def candidates(self, logits: NDArray[np.float32], history: Sequence[int] = ()) -> Candidates:
-        """The ids that may be drawn, likeliest first (lower id on ties), with their probabilities."""
+        """The ids that may be drawn, with their probabilities.
+
+        Likeliest first (lower id on ties), except that all tokens come in the order of their ids.
+        """
         p = self.params
         logits = self._penalize(np.asarray(logits, dtype=np.float32), history)
-        if not math.isfinite(logits.max()):
+        peak = logits.max()
+        if not math.isfinite(peak):
             raise ValueError("the logits hold NaN or infinity: the model's weights or activation are broken")
         if p.temperature == 0:
             return np.array([logits.argmax()]), np.ones(1)
-        k = min(p.top_k, logits.size)
-        ids, values = _top_k()(logits, k) if k else sort_top_k(logits, logits.size)
-        values = values.astype(np.float64) - float(values[0])
-        keep = len(ids)
-        if p.top_p < 1:
-            cumulative = np.exp(values).cumsum()
-            keep = int(cumulative.searchsorted(p.top_p * cumulative[-1])) + 1
-        if p.min_p > 0:
-            # values fall: the first below the bound ends the candidates
-            keep = min(keep, int((-values).searchsorted(-math.log(p.min_p), side="right")))
-        weights = np.exp(values[:keep] / p.temperature)
-        return ids[:keep], weights / weights.sum()
+        if p.top_k == 0 and p.top_p == 1 and p.min_p == 0:
+            ids, values = np.arange(logits.size), logits - peak
+        else:
+            ids, values = self._likeliest(logits, peak)
+        weights = np.exp(values.astype(np.float64) / p.temperature)
+        return ids, weights / weights.sum()
+
+    def _likeliest(self, logits: NDArray[np.float32], peak: np.float32) -> Candidates:
+        """What top-k, top-p and min-p leave, with logits relative to `peak`."""
+        p = self.params
+        total = None if p.top_k or p.top_p == 1 else float(np.exp(logits - peak).sum(dtype=np.float64))
+        limit = p.top_k or 256  # without top-k, sort only as many as the others turn out to keep
+        while True:
+            limit = min(limit, logits.size)
+            ids, values = _top_k()(logits, limit)
+            values = values - peak
+            keep = limit
+            if p.top_p < 1:
+                cumulative = np.exp(values, dtype=np.float64).cumsum()
+                bound = p.top_p * (cumulative[-1] if total is None else total)
+                keep = min(keep, int(cumulative.searchsorted(bound)) + 1)
+            if p.min_p > 0:
+                # values fall: the first below the bound ends the candidates
+                keep = min(keep, int((-values).searchsorted(-math.log(p.min_p), side="right")))
+            if p.top_k or keep < limit or limit == logits.size:
+                return ids[:keep], values[:keep]
+            limit *= 16
 
     def _penalize(self, logits: NDArray[np.float32], history: Sequence[int]) -> NDArray[np.float32]:
         p = self.params

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from prosparse.model import pretokenize
@@ -35,9 +36,7 @@ def byte_of_char() -> dict[str, int]:
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF whose `tokenizer.ggml.model` is gpt2."""
-    tokens: list[str] = list(metadata["tokenizer.ggml.tokens"])
-    if "tokenizer.ggml.merges" not in metadata:
-        raise ValueError("tokenizer.ggml.merges is missing: a gpt2 tokenizer cannot work without it")
+    tokens = array(metadata, "tokenizer.ggml.tokens", str)
     types = token_types(metadata, len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
@@ -45,7 +44,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     rule = pretokenize.by_name(metadata.get("tokenizer.ggml.pre"))
     # a merge is "left right"; only a space at its start can belong to a token
     merges = []
-    for merge in metadata["tokenizer.ggml.merges"]:
+    for merge in array(metadata, "tokenizer.ggml.merges", str):
         cut = merge.find(" ", 1)
         if cut < 0:
             raise ValueError(f"tokenizer.ggml.merges holds {merge!r}, which is not two tokens")
@@ -69,13 +68,25 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def array(metadata: Mapping[str, Any], key: str, kind: type, length: int | None = None) -> list[Any]:
+    """An array of the metadata as a list of `kind`; ValueError names the key that is not one."""
+    values = metadata.get(key)
+    if values is None:
+        raise ValueError(f"{key} is missing: the tokenizer cannot work without it")
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"{key} is not an array of {kind.__name__}")
+    if length is not None and len(values) != length:
+        raise ValueError(f"{key} is {len(values)} long; the vocabulary has {length} tokens")
+    return values
+
+
 def token_types(metadata: Mapping[str, Any], n_vocab: int) -> list[int]:
-    """`tokenizer.ggml.token_type`, checked against the number of tokens."""
-    types = metadata.get("tokenizer.ggml.token_type")
-    if types is None or len(types) != n_vocab:
-        found = "missing" if types is None else f"{len(types)} long"
-        raise ValueError(f"tokenizer.ggml.token_type is {found}; the vocabulary has {n_vocab} tokens")
-    return [int(t) for t in types]
+    """`tokenizer.ggml.token_type`, checked."""
+    types = array(metadata, "tokenizer.ggml.token_type", int, n_vocab)
+    if unknown := set(types) - set(TokenType):
+        raise ValueError(f"tokenizer.ggml.token_type holds {min(unknown)}, which is no type of token")
+    return types
 
 
 class FastBackend:
@@ -94,11 +105,10 @@ class FastBackend:
     @classmethod
     def from_file(cls, path: Path) -> "FastBackend":
         try:
-            return cls(Tokenizer.from_file(str(path)))
-        except ValueError:
-            raise
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json that can be read: {error}") from None
+        return cls(tokenizer)
 
     def id_of(self, token: str) -> int | None:
         return self.tokenizer.token_to_id(token)

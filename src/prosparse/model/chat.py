@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
+# llama.cpp's choice for models without a template
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -26,11 +27,6 @@ MINICPM = (
     "{% else %}{{ message['content'].strip() }}{% endif %}"
     "{% endfor %}"
 )
-
-
-def default_template(architecture: str) -> str:
-    """The template for a model file that has none: MiniCPM's own, else ChatML as llama.cpp takes."""
-    return MINICPM if architecture == "minicpm" else CHATML
 
 
 def render(

@@ -5,18 +5,25 @@ is put together again; the protobuf wire format needs only the few fields below,
 here by hand (sentencepiece_model.proto gives their numbers).
 """
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import sentencepiece
 
-from prosparse.model.bpe import TokenType, sentencepiece_bytes, token_types
+from prosparse.model.bpe import TokenType, array, sentencepiece_bytes, token_types
 
 SPACE = "\u2581"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
+# field numbers of ModelProto, its SentencePiece, TrainerSpec and NormalizerSpec
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECE, _SCORE, _TYPE = 1, 2, 3
+_MODEL_TYPE, _VOCAB_SIZE, _SUFFIX, _BYTE_FALLBACK, _UNK_PIECE = 3, 4, 24, 35, 45
+_NAME, _CHARSMAP, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPE = 1, 2, 3, 4, 5
 _ALGORITHMS = {"t5": UNIGRAM, "llama": BPE}  # by GGUF's tokenizer.ggml.model
 
 
@@ -37,77 +44,86 @@ class SentencePieceModel:
     @classmethod
     def parse(cls, data: bytes) -> "SentencePieceModel":
         """Reads a `tokenizer.model`."""
+        try:
+            return cls._parse(data)
+        except (AttributeError, TypeError, struct.error) as error:  # a field of another kind than named
+            raise ValueError(f"not a SentencePiece model: {error}") from None
+
+    @classmethod
+    def _parse(cls, data: bytes) -> "SentencePieceModel":
         pieces, scores, types = [], [], []
         trainer: dict[int, Any] = {}
         normalizer: dict[int, Any] = {}
         for number, value in _fields(data):
-            if number == 1:
+            if number == _PIECES:
                 piece = dict(_fields(value))
-                pieces.append(piece.get(1, b"").decode())
-                scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
-                types.append(piece.get(3, TokenType.NORMAL))
-            elif number == 2:
+                pieces.append(piece.get(_PIECE, b"").decode())
+                scores.append(struct.unpack("<f", piece[_SCORE])[0] if _SCORE in piece else 0.0)
+                types.append(piece.get(_TYPE, int(TokenType.NORMAL)))
+            elif number == _TRAINER:
                 trainer = dict(_fields(value))
-            elif number == 3:
+            elif number == _NORMALIZER:
                 normalizer = dict(_fields(value))
         if not pieces:
             raise ValueError("the tokenizer.model holds no pieces; it is not a SentencePiece model")
-        algorithm = trainer.get(3, UNIGRAM)
+        algorithm = trainer.get(_MODEL_TYPE, UNIGRAM)
         if algorithm not in (UNIGRAM, BPE):
             raise ValueError(f"SentencePiece model type {algorithm} is not supported (only BPE and unigram)")
-        if not normalizer.get(5, 1):
+        if not normalizer.get(_ESCAPE, 1):
             raise ValueError("a SentencePiece model without escape_whitespaces is not supported")
         return cls(
             pieces,
             scores,
             types,
             algorithm,
-            byte_fallback=bool(trainer.get(35, 0)),
-            add_dummy_prefix=bool(normalizer.get(3, 1)),
-            remove_extra_whitespaces=bool(normalizer.get(4, 1)),
-            charsmap=normalizer.get(2, b""),
-            treat_whitespace_as_suffix=bool(trainer.get(24, 0)),
+            byte_fallback=bool(trainer.get(_BYTE_FALLBACK, 0)),
+            add_dummy_prefix=bool(normalizer.get(_DUMMY_PREFIX, 1)),
+            remove_extra_whitespaces=bool(normalizer.get(_EXTRA_SPACES, 1)),
+            charsmap=normalizer.get(_CHARSMAP, b""),
+            treat_whitespace_as_suffix=bool(trainer.get(_SUFFIX, 0)),
         )
 
     def serialize(self) -> bytes:
         """The bytes of a `tokenizer.model`."""
         out = bytearray()
         for piece, score, kind in zip(self.pieces, self.scores, self.types, strict=True):
-            body = _blob(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
-            out += _blob(1, body)
-        trainer = _number(3, self.algorithm) + _number(4, len(self.pieces))
-        trainer += _number(24, self.treat_whitespace_as_suffix) + _number(35, self.byte_fallback)
+            out += _blob(
+                _PIECES, _blob(_PIECE, piece.encode()) + _float(_SCORE, score) + _number(_TYPE, kind)
+            )
+        trainer = _number(_MODEL_TYPE, self.algorithm) + _number(_VOCAB_SIZE, len(self.pieces))
+        trainer += _number(_SUFFIX, self.treat_whitespace_as_suffix)
+        trainer += _number(_BYTE_FALLBACK, self.byte_fallback)
         if TokenType.UNKNOWN in self.types:
-            trainer += _blob(45, self.pieces[self.types.index(TokenType.UNKNOWN)].encode())
-        normalizer = _blob(1, b"" if self.charsmap else b"identity") + _blob(2, self.charsmap)
-        normalizer += _number(3, self.add_dummy_prefix) + _number(4, self.remove_extra_whitespaces)
-        return bytes(out + _blob(2, trainer) + _blob(3, normalizer))
+            trainer += _blob(_UNK_PIECE, self.pieces[self.types.index(TokenType.UNKNOWN)].encode())
+        normalizer = _blob(_NAME, b"" if self.charsmap else b"identity") + _blob(_CHARSMAP, self.charsmap)
+        normalizer += _number(_DUMMY_PREFIX, self.add_dummy_prefix)
+        normalizer += _number(_EXTRA_SPACES, self.remove_extra_whitespaces)
+        return bytes(out + _blob(_TRAINER, trainer) + _blob(_NORMALIZER, normalizer))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "SentencePieceModel":
         """From `tokenizer.ggml.*` keys; `llama` is BPE by score, `t5` is unigram."""
         algorithm = _ALGORITHMS[metadata["tokenizer.ggml.model"]]
-        tokens = list(metadata["tokenizer.ggml.tokens"])
+        tokens = array(metadata, "tokenizer.ggml.tokens", str)
         types = token_types(metadata, len(tokens))
-        scores = metadata.get("tokenizer.ggml.scores")
-        if scores is None or len(scores) != len(tokens):
-            found = "missing" if scores is None else f"{len(scores)} long"
-            raise ValueError(f"tokenizer.ggml.scores is {found}; the vocabulary has {len(tokens)} tokens")
+        scores = array(metadata, "tokenizer.ggml.scores", float, len(tokens))
+        if not all(map(math.isfinite, scores)):
+            raise ValueError("tokenizer.ggml.scores holds NaN or infinity")
         # GGUF spells the spaces of user-defined tokens plainly
         pieces = [
             t.replace(" ", SPACE) if kind == TokenType.USER_DEFINED else t
             for t, kind in zip(tokens, types, strict=True)
         ]
-        charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap", b"")
+        charsmap = np.asarray(metadata.get("tokenizer.ggml.precompiled_charsmap", []))
         return cls(
             pieces,
-            [float(s) for s in scores],
+            scores,
             types,
             algorithm,
             byte_fallback=TokenType.BYTE in types,
             add_dummy_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
             remove_extra_whitespaces=bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)),
-            charsmap=bytes(b & 0xFF for b in charsmap),  # stored as u8 or i8
+            charsmap=charsmap.astype(np.uint8).tobytes(),  # some files store it as i8
         )
 
     def to_gguf(self) -> dict[str, Any]:
@@ -128,7 +144,7 @@ class SentencePieceModel:
             "tokenizer.ggml.remove_extra_whitespaces": self.remove_extra_whitespaces,
         }
         if self.charsmap:
-            metadata["tokenizer.ggml.precompiled_charsmap"] = list(self.charsmap)
+            metadata["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(self.charsmap, np.uint8)
         return metadata
 
 
@@ -232,6 +248,10 @@ def _encode_varint(value: int) -> bytes:
 
 def _number(field: int, value: int) -> bytes:
     return _encode_varint(field << 3) + _encode_varint(int(value))
+
+
+def _float(field: int, value: float) -> bytes:
+    return _encode_varint(field << 3 | 5) + struct.pack("<f", value)
 
 
 def _blob(field: int, value: bytes) -> bytes:

@@ -75,8 +75,8 @@ class Tokenizer:
         self._backend = backend
         self.n_vocab = backend.n_vocab
         for token_id in (*eos_ids, *([] if bos_id is None else [bos_id])):
-            if not 0 <= token_id < self.n_vocab:
-                raise ValueError(f"special token id {token_id} is outside the {self.n_vocab} tokens")
+            if not isinstance(token_id, int) or not 0 <= token_id < self.n_vocab:
+                raise ValueError(f"special token id {token_id!r} is outside the {self.n_vocab} tokens")
         self.bos_id = bos_id
         endings = {i for name in _END_OF_TURN if (i := backend.id_of(name)) in backend.control}
         self.eos_ids = frozenset(eos_ids) | endings
@@ -101,8 +101,6 @@ class Tokenizer:
         from prosparse.model import bpe, spm, tokenizer_files
 
         model = metadata.get("tokenizer.ggml.model")
-        if "tokenizer.ggml.tokens" not in metadata:
-            raise ValueError("tokenizer.ggml.tokens is missing from the model file")
         backend: _Backend
         if model == "gpt2":
             backend = bpe.FastBackend(bpe.from_gguf(metadata))

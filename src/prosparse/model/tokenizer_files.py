@@ -87,7 +87,7 @@ def adds_bos(folder: Path, config: Mapping[str, Any]) -> bool:
 def write_folder(metadata: Mapping[str, Any], folder: Path) -> None:
     """Writes the tokenizer files of a Hugging Face folder from a GGUF's `tokenizer.*` keys."""
     model = metadata.get("tokenizer.ggml.model")
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = bpe.array(metadata, "tokenizer.ggml.tokens", str)
     config: dict[str, Any] = {
         name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
         for key, name in _SPECIAL.items()
