@@ -134,7 +134,9 @@ class _Reader:
         self.size, self.position = len(buffer), 0
 
     def error(self, message: str) -> ValueError:
-        return ValueError(f"{self.name}: {message}")
+        # names come from the file: neither control characters nor a flood may reach a terminal
+        printable = "".join(c if c.isprintable() else "?" for c in message[:300])
+        return ValueError(f"{self.name}: {printable}")
 
     def need(self, n_bytes: int, what: str) -> None:
         if n_bytes > self.size - self.position:
