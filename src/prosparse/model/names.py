@@ -29,7 +29,7 @@ def _translate(name: str, table: dict[str, str]) -> str | None:
     layer = _NUMBER.search(name)
     pattern = _NUMBER.sub("{}", name, count=1)
     module, _, kind = pattern.rpartition(".")
-    if module not in table or kind not in ("weight", "bias"):
+    if module not in table or kind not in ("weight", "bias") or "{}" in name:
         return None
     return f"{table[module].format(layer and layer[0])}.{kind}"
 
