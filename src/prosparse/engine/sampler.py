@@ -67,9 +67,10 @@ class Sampler:
         if p.temperature == 0:
             return np.array([logits.argmax()]), np.ones(1)
         if p.top_k == 0 and p.top_p == 1 and p.min_p == 0:
-            ids, values = np.arange(logits.size), logits - peak
+            kept: Candidates = np.arange(logits.size), logits - peak
         else:
-            ids, values = self._likeliest(logits, peak)
+            kept = self._likeliest(logits, peak)
+        ids, values = kept
         weights = np.exp(values.astype(np.float64) / p.temperature)
         return ids, weights / weights.sum()
 

@@ -42,13 +42,9 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     if len(vocab) != len(tokens):
         raise ValueError("tokenizer.ggml.tokens holds the same token twice")
     rule = pretokenize.by_name(metadata.get("tokenizer.ggml.pre"))
-    # a merge is "left right"; only a space at its start can belong to a token
-    merges = []
-    for merge in array(metadata, "tokenizer.ggml.merges", str):
-        cut = merge.find(" ", 1)
-        if cut < 0:
-            raise ValueError(f"tokenizer.ggml.merges holds {merge!r}, which is not two tokens")
-        merges.append((merge[:cut], merge[cut + 1 :]))
+    merges = [tuple(merge.split(" ")) for merge in array(metadata, "tokenizer.ggml.merges", str)]
+    if wrong := next((merge for merge in merges if len(merge) != 2), None):
+        raise ValueError(f"tokenizer.ggml.merges holds {' '.join(wrong)!r}, which is not two tokens")
     try:
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges)
     except Exception as error:  # the library raises bare Exception
@@ -92,9 +88,11 @@ def token_types(metadata: Mapping[str, Any], n_vocab: int) -> list[int]:
 class FastBackend:
     """A `tokenizers.Tokenizer` behind the calls that `Tokenizer` needs."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int | None = None):
         self.tokenizer = tokenizer
-        self.n_vocab = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if n_vocab is None:
+            n_vocab = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.n_vocab = n_vocab
         added = tokenizer.get_added_tokens_decoder()
         self.control = frozenset(i for i, token in added.items() if token.special)
         self._literal = {i: token.content for i, token in added.items()}

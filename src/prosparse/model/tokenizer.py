@@ -103,7 +103,7 @@ class Tokenizer:
         model = metadata.get("tokenizer.ggml.model")
         backend: _Backend
         if model == "gpt2":
-            backend = bpe.FastBackend(bpe.from_gguf(metadata))
+            backend = bpe.FastBackend(bpe.from_gguf(metadata), len(metadata["tokenizer.ggml.tokens"]))
         elif model in ("llama", "t5"):
             backend = spm.SentencePieceBackend(spm.SentencePieceModel.from_gguf(metadata))
         else:
