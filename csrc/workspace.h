@@ -18,9 +18,9 @@ struct ActBuffer {
     Acts acts{};
 
     void resize(int n) {
-        const size_t p = size_t(round_up(n, 64));
+        const size_t p = size_t(round_up(n, 64)), blocks = size_t(round_up(n, 512)) / 32;
         f.assign(p, 0), q.assign(p, 0), hi.assign(p, 0), lo.assign(p, 0);
-        scale.assign(p / 32, 0), sum.assign(p / 32, 0);
+        scale.assign(blocks, 0), sum.assign(blocks, 0);  // kernels load scales 16 at a time
         acts = {n, f.data(), q.data(), hi.data(), lo.data(), scale.data(), sum.data()};
     }
     // values [at, at + n) as activations of their own; `at` is a multiple of 64

@@ -66,7 +66,8 @@ struct Neurons {
     const uint8_t* group_scales(int g) const { return scales + size_t(g) * scale_stride; }
 };
 
-// One token's activations as the dot products want them; arrays are zero-padded to 64 columns.
+// One token's activations as the dot products want them; arrays are zero-padded to 64 columns, scale and sum
+// to 16 blocks.
 // q is a 15-bit integer per value, scaled per block of 32, so integer dots lose nothing that f32 would keep
 // at these magnitudes. AVX-512 reads it as two signed bytes, q = 128*hi + lo; AVX2 as int16 with the even
 // columns of a block before the odd ones; the others as plain int16.

@@ -24,6 +24,14 @@ static inline float dot_float(const uint8_t* row, int cols, const Acts* x) {
     return sum(acc[0]);
 }
 
+// Two kilobytes ahead in the stream: the L2 prefetcher alone leaves one core a fifth below its bandwidth.
+template <Type T>
+static inline void prefetch_row(const uint8_t* row, int block) {
+    constexpr int bytes = T == Type::q8_0 ? 32 : T == Type::q5_1 ? 20 : 16;
+    const uint8_t* p = row + block * bytes + 2048;
+    for (int i = 0; i < bytes * 8; i += 64) __builtin_prefetch(p + i, 0, 3);
+}
+
 #if defined(PS_AVX512)
 template <Type T>
 static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
@@ -58,9 +66,8 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
             for (int k = 0; k < n / 2; k++) step(b / 2 + k, k);
         }
     }
-    float c = _mm512_reduce_add_ps(corr);
-    float a = _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]));
-    return has_min(T) ? a + c : a - float(code_offset(T)) * c;
+    const __m512 factor = _mm512_set1_ps(has_min(T) ? 1.0f : -float(code_offset(T)));
+    return _mm512_reduce_add_ps(_mm512_fmadd_ps(corr, factor, _mm512_add_ps(acc[0], acc[1])));
 }
 #elif defined(PS_AVX2)
 // Eight lanes of 32-bit sums for block b; even and odd columns apart, as Acts::q has them.
@@ -76,29 +83,32 @@ template <Type T>
 static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     const int chunks = round_up(cols, 64) / 64, blocks = chunks * 2;
     const uint16_t *scales = (const uint16_t*)(row + code_bytes(T, cols)), *mins = scales + blocks;
+    alignas(32) static const int16_t keep[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
     __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, corr = _mm256_setzero_ps();
-    auto half8 = [](const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); };
-    int b = 0;
-    for (; b + 8 <= blocks; b += 8) {
+    for (int b = 0; b < blocks; b += 8) {
+        const int n = blocks - b < 8 ? blocks - b : 8;
+        // what lies behind the last scale may read as NaN
+        const __m128i mask = _mm_loadu_si128((const __m128i*)(keep + 8 - n));
+        auto half8 = [mask](const uint16_t* p) {
+            return _mm256_cvtph_ps(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), mask));
+        };
+        prefetch_row<T>(row, b);
         const __m256 d = half8(scales + b);
         corr = _mm256_fmadd_ps(has_min(T) ? half8(mins + b) : d, _mm256_loadu_ps(x->sum + b), corr);
         const __m256 s = _mm256_mul_ps(d, _mm256_loadu_ps(x->scale + b));
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; k++) {
+        auto step = [&](int k) {
             const __m256 v = _mm256_cvtepi32_ps(dot_block<T>(row, chunks, b + k, x->q + (b + k) * 32));
             acc[k & 1] = _mm256_fmadd_ps(v, _mm256_permutevar8x32_ps(s, _mm256_set1_epi32(k)), acc[k & 1]);
+        };
+        if (n == 8) {
+#pragma GCC unroll 8
+            for (int k = 0; k < 8; k++) step(k);
+        } else {
+            for (int k = 0; k < n; k += 2) step(k), step(k + 1);
         }
     }
-    float c = 0;
-    for (; b < blocks; b++) {
-        const float d = half_float(scales[b]);
-        c += (has_min(T) ? half_float(mins[b]) : d) * x->sum[b];
-        const __m256 v = _mm256_cvtepi32_ps(dot_block<T>(row, chunks, b, x->q + b * 32));
-        acc[b & 1] = _mm256_fmadd_ps(v, _mm256_set1_ps(d * x->scale[b]), acc[b & 1]);
-    }
-    c += sum((vf)corr);
-    const float a = sum((vf)_mm256_add_ps(acc[0], acc[1]));
-    return has_min(T) ? a + c : a - float(code_offset(T)) * c;
+    const __m256 factor = _mm256_set1_ps(has_min(T) ? 1.0f : -float(code_offset(T)));
+    return sum((vf)_mm256_fmadd_ps(corr, factor, _mm256_add_ps(acc[0], acc[1])));
 }
 #else
 // 32 unsigned codes of block b times 32 integer activations.
