@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from prosparse.engine.engine import LLM
+from prosparse.formats import open_model
 
 pytest.importorskip("prosparse._core")
 
@@ -199,3 +200,17 @@ def test_bad_tensors_are_refused(tiny_model):
         core.set_tensor(name, "Q4_K", tensor.shape, tensor.data)
     with pytest.raises(ValueError, match="missing"):
         core.finish()
+
+
+def test_sparse_reference(sparse_path):
+    """Its jumps of 0.5 turn any rounding into a few percent of the logits, so only averages can agree."""
+    model = open_model(sparse_path)
+    text = "The capital of France is Paris. A cache keeps what was used last near the processor, so that it "
+    twin, llm = LLM(model, backend="naive"), LLM(model)
+    assert llm.mode == "exact"
+    ids = llm.tokenizer.encode(text * 4)
+    expected = twin.logprobs(ids)
+    assert np.mean(llm.logprobs(ids)) == pytest.approx(np.mean(expected), abs=0.05)
+    want, got = twin.stats(), llm.stats()
+    assert got["prefill_active"] == pytest.approx(want["prefill_active"], rel=0.01)
+    assert got["prefill_active"] < 0.15 * got["prefill_neurons"]
