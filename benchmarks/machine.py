@@ -20,7 +20,7 @@ def cpu() -> str:
 def describe() -> dict[str, Any]:
     """Hardware, date and versions, for a results file."""
     packages = ("prosparse", "llama-cpp-python", "torch", "transformers", "numpy")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -78,7 +78,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], heading: str, path: Path) -> None:
-    """Tokens a second over the share of inactive neurons at the most threads; a panel for each shape and type."""
+    """Tokens a second over the share of inactive neurons at most threads, a panel for each shape and type."""
     import matplotlib
 
     matplotlib.use("Agg")

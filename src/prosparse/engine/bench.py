@@ -7,11 +7,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prosparse.engine.engine import LLM
-from prosparse.formats import open_model
-from prosparse.model.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from prosparse.engine.engine import LLM
+    from prosparse.model.tokenizer import Tokenizer
 
 # Real text: how many neurons are active depends on it, so random ids would give a speed that no reader gets.
 _TEXT = """\
@@ -25,7 +25,7 @@ were always right, at least.
 """
 
 
-def sample_tokens(tokenizer: Tokenizer, n: int) -> list[int]:
+def sample_tokens(tokenizer: "Tokenizer", n: int) -> list[int]:
     """`n` token ids of plain English prose, repeated as often as needed."""
     return list(itertools.islice(itertools.cycle(tokenizer.encode(_TEXT, add_bos=False)), n))
 
@@ -75,6 +75,8 @@ def bench(
     if repetitions < 1:
         raise ValueError("-r must be at least 1")
     from prosparse import _core
+    from prosparse.engine.engine import LLM
+    from prosparse.formats import open_model
 
     model = open_model(path)
     if modes is None:
@@ -118,7 +120,7 @@ def bench(
     }
 
 
-def _prefill(llm: LLM, ids: Sequence[int]) -> float:
+def _prefill(llm: "LLM", ids: Sequence[int]) -> float:
     """Seconds."""
     cache = llm.new_cache()
     start = perf_counter()
@@ -126,7 +128,7 @@ def _prefill(llm: LLM, ids: Sequence[int]) -> float:
     return perf_counter() - start
 
 
-def _decode(llm: LLM, ids: Sequence[int]) -> float:
+def _decode(llm: "LLM", ids: Sequence[int]) -> float:
     """Seconds."""
     cache = llm.new_cache()
     start = perf_counter()
