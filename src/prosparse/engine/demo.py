@@ -122,5 +122,7 @@ def compare(runs: dict[str, list["Completion"]]) -> dict[str, dict[str, float]]:
         print(f"Same text from both: all {len(dense)} tokens.")
     else:
         same = next((i for i, (a, b) in enumerate(zip(dense, exact, strict=False)) if a != b), len(dense))
-        print(f"The texts part after {same} equal tokens, where rounding decided a near tie.")
+        print(
+            f"The texts part after {same} equal tokens: rounding tips near ties, and gates at the threshold."
+        )
     return medians

@@ -171,7 +171,8 @@ class LLM:
         # the last token is never fed back, so it needs no room
         room = self.n_ctx - len(ids) + 1
         limit = room if max_tokens == -1 else min(max_tokens, room)
-        chunks = self._chunks(ids, limit, sampling, stop, context or Context(self, len(ids) + limit))
+        context = context or Context(self, len(ids) + limit)
+        chunks = self._chunks(ids, limit, Sampler(sampling), TextStream(stop), context)
         if stream:
             return chunks
         *_, last = chunks
@@ -194,16 +195,15 @@ class LLM:
         return tokenizer.encode(text, special=True)
 
     def _chunks(
-        self, ids: list[int], limit: int, sampling: SamplingParams, stop: Sequence[str], context: "Context"
+        self, ids: list[int], limit: int, sampler: Sampler, text: TextStream, context: "Context"
     ) -> Iterator[Chunk]:
-        sampler, text = Sampler(sampling), TextStream(stop)
         eos_ids, token_bytes = self.tokenizer.eos_ids, self.tokenizer.token_bytes
         history, pieces = list(ids), []
         finish_reason: Literal["stop", "length"] = "length"
-        before = self.stats()
         start = perf_counter()
         n_computed = context.start(ids)
         prompt_seconds = perf_counter() - start
+        before = self.stats()
 
         seconds, start = 0.0, perf_counter()
         while len(history) < len(ids) + limit:
@@ -227,7 +227,7 @@ class LLM:
         if rest := text.finish():
             pieces.append(rest)
         spent = {key: value - before[key] for key, value in self.stats().items()}
-        steps = spent["tokens"]
+        steps = len(context.ids) - len(ids)
         completion = Completion(
             text="".join(pieces),
             token_ids=history[len(ids) :],
@@ -236,7 +236,7 @@ class LLM:
             prompt_tok_s=n_computed / prompt_seconds,
             gen_tok_s=steps / seconds if steps else 0.0,
             sparsity=1 - spent["active"] / spent["neurons"] if steps else 0.0,
-            bytes_per_token=spent["weight_bytes_read"] // steps if steps else 0,
+            bytes_per_token=spent["weight_bytes_read"] // spent["tokens"] if steps else 0,
             mode=self.mode,
             finish_reason=finish_reason,
         )
