@@ -45,7 +45,7 @@ asan: setup build/asan/.built
 	$(ASAN) build/asan/bin/python -m pytest -p no:cacheprovider $(or $(ARGS),tests/engine tests/formats)
 
 fuzz: setup build/asan/.built
-	$(ASAN) build/asan/bin/python tests/formats/fuzz.py $(ARGS)
+	$(ASAN) build/asan/bin/python tests/formats/fuzz_gguf.py $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
