@@ -121,6 +121,36 @@ def test_transformers_computes_the_same(tiny_model, tmp_path):
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+ROPES = {
+    "linear": RopeScaling("linear", factor=4.0),
+    "yarn": RopeScaling("yarn", factor=4.0, original_max_position_embeddings=128),
+    "llama3": RopeScaling("llama3", factor=8.0, original_max_position_embeddings=128),
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("llama", {}),
+        ("minicpm", ARCHITECTURES["minicpm"]),
+        ("qwen2", {"bias": True}),
+        ("qwen3", {"qk_norm": True, "head_dim": 32}),
+        *(("llama", {"rope_scaling": scaling}) for scaling in ROPES.values()),
+    ],
+    ids=[*("llama", "minicpm", "qwen2", "qwen3"), *ROPES],
+)
+def test_llama_cpp_computes_the_same(tiny_model, tmp_path, architecture, more):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    path = save(tiny_model(architecture, hidden=128, **more), tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 256, 40).tolist()
+    theirs = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, n_threads=1, verbose=False)
+    theirs.eval(tokens)
+    expected = np.array(theirs.scores[: len(tokens)])
+    logits = LLM(open_model(path), backend="naive").forward(tokens, all_logits=True)
+    # llama.cpp keeps keys and values in float16
+    assert np.abs(logits - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("kind", NATIVE)
 @pytest.mark.parametrize("pure", [False, True])
 def test_types_of_a_quantised_file(tiny_model, tmp_path, kind, pure):
@@ -143,15 +173,7 @@ def test_quantised_files_become_f16_folders(tiny_model, tmp_path):
     assert json.loads((tmp_path / "folder/config.json").read_text())["torch_dtype"] == "float16"
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        RopeScaling("linear", factor=4.0),
-        RopeScaling("yarn", factor=4.0, original_max_position_embeddings=128),
-        RopeScaling("llama3", factor=8.0, original_max_position_embeddings=128),
-    ],
-    ids=lambda s: s.type,
-)
+@pytest.mark.parametrize("scaling", ROPES.values(), ids=ROPES)
 def test_rope_scaling_survives(tiny_model, tmp_path, scaling):
     config = tiny_model(rope_scaling=scaling).config
     convert(save(tiny_model(rope_scaling=scaling), tmp_path), tmp_path / "folder")
@@ -173,6 +195,14 @@ def test_refusals(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="multiple of 32"):
         convert(save(tiny_model(hidden=48, heads=4, kv=2), tmp_path), tmp_path / "q.gguf", "Q8_0")
     assert not (tmp_path / "q.gguf").exists()
+
+
+def test_licence_and_authors_are_kept(tiny_model, tmp_path):
+    kept = {"general.license": "apache-2.0", "general.languages": ["en", "fr"]}
+    write_model(tmp_path / "model.gguf", tiny_model(), kept | {"general.file_type": 7})
+    convert(tmp_path / "model.gguf", tmp_path / "again.gguf", "F16")
+    metadata = read_gguf(tmp_path / "again.gguf").metadata
+    assert metadata.items() >= (kept | {"general.file_type": 1}).items()
 
 
 def test_onto_itself(tiny_model, tmp_path):

@@ -53,9 +53,9 @@ def test_hub_ids_are_downloaded(tiny_model, tmp_path, monkeypatch):
     write_folder(tmp_path / "snapshot", tiny_model(), "F32")
     asked = []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns):
         asked.append(name)
-        assert "*.safetensors" in allow_patterns
+        assert "*.safetensors" in allow_patterns and ignore_patterns == "*/*"
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

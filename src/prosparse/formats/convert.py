@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from prosparse.formats.gguf import write_gguf
+from prosparse.formats.gguf import read_gguf, write_gguf
 from prosparse.formats.hf import write_folder
-from prosparse.formats.open import interleave, open_model
+from prosparse.formats.open import find, interleave, open_model
 from prosparse.formats.quants import NATIVE, quantize
 from prosparse.model import names
 from prosparse.model.config import ModelConfig
@@ -62,7 +62,7 @@ def convert(
         tensors[name] = with_type(tensor, wanted)
     model = Model(model.config, tensors, model.tokenizer, model.name)
     if to_gguf:
-        write_model(target, model)
+        write_model(target, model, _provenance(source))
     else:
         write_folder(target, model, _main_type(tensors))
     return model
@@ -91,8 +91,19 @@ def _main_type(tensors: Mapping[str, Tensor]) -> str:
     return max(sizes, key=lambda kind: sizes[kind])
 
 
-def write_model(path: Path, model: Model) -> None:
-    """Write a model as a GGUF file, tokenizer and activation included."""
+def _provenance(source: str | Path) -> dict[str, Any]:
+    """Licence, authors and the like: the general keys of a GGUF source that describe no layout."""
+    path = find(source)
+    if path.is_dir():
+        return {}
+    ours = ("architecture", "type", "name", "file_type", "alignment", "quantization_version")
+    skipped = {f"general.{key}" for key in ours}
+    metadata = read_gguf(path).metadata
+    return {k: v for k, v in metadata.items() if k.startswith("general.") and k not in skipped}
+
+
+def write_model(path: Path, model: Model, more: Mapping[str, Any] | None = None) -> None:
+    """Write a model as a GGUF file, tokenizer and activation included; `more` are further keys."""
     config = model.config
     settings = config.to_gguf()
     general: dict[str, Any] = {
@@ -104,7 +115,8 @@ def write_model(path: Path, model: Model) -> None:
     if main_type in _FILE_TYPES:
         general["general.file_type"] = _FILE_TYPES[main_type]
     # the settings stand first, and win over the tokenizer's where both name the end tokens
-    metadata = settings | general | model.tokenizer.to_gguf_metadata(config.vocab_size) | settings
+    tokenizer = model.tokenizer.to_gguf_metadata(config.vocab_size)
+    metadata = settings | general | dict(more or {}) | tokenizer | settings
     tensors = dict(_rope_factors(config))
     for name, tensor in model.tensors.items():
         gguf_name = names.to_gguf(name)

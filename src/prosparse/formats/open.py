@@ -43,7 +43,7 @@ def find(path: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
+        return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns="*/*"))
     raise FileNotFoundError(f"{path}: no such file or folder, and not a Hub id like org/name")
 
 

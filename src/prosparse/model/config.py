@@ -122,7 +122,10 @@ class ModelConfig:
 
     def _check_writable(self) -> None:
         """File formats derive these fields from the architecture alone."""
-        implied: dict[str, float] = {"attention_bias": self.architecture == "qwen2", "qk_norm": self.architecture == "qwen3"}
+        implied: dict[str, float] = {
+            "attention_bias": self.architecture == "qwen2",
+            "qk_norm": self.architecture == "qwen3",
+        }
         if self.architecture != "minicpm":
             implied |= {"embedding_scale": 1, "residual_scale": 1, "logit_scale": 1}
         for name, value in implied.items():
