@@ -13,10 +13,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import make_tiny
 from prosparse.engine.engine import LLM
 from prosparse.engine.sampler import SamplingParams
 from prosparse.formats import open_model
+from tiny import make_tiny
 
 FOLDER = Path(__file__).parents[1] / "golden"
 # seeds whose every choice is clear: see `check_margins`

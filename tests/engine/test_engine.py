@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import prosparse
-from conftest import stored
 from prosparse.engine.completion import Completion
 from prosparse.engine.engine import LLM, Context
 from prosparse.engine.sampler import SamplingParams
 from prosparse.model.model import Model, Tensor
+from tiny import stored
 
 GREEDY = SamplingParams(temperature=0)
 

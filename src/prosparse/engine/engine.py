@@ -112,7 +112,8 @@ class LLM:
         One token is decoding, more are prefill.
         """
         ids = np.ascontiguousarray(tokens, np.int32)
-        return self._core.forward(cache or self.new_cache(ids.size), ids, all_logits)
+        cache = self.new_cache(max(ids.size, 1)) if cache is None else cache
+        return self._core.forward(cache, ids, all_logits)
 
     def stats(self) -> dict[str, int]:
         """Counters since the last `reset_stats`: see `NaiveModel.stats`."""
@@ -171,7 +172,7 @@ class LLM:
         # the last token is never fed back, so it needs no room
         room = self.n_ctx - len(ids) + 1
         limit = room if max_tokens == -1 else min(max_tokens, room)
-        context = context or Context(self, len(ids) + limit)
+        context = Context(self, len(ids) + limit) if context is None else context
         chunks = self._chunks(ids, limit, Sampler(sampling), TextStream(stop), context)
         if stream:
             return chunks
