@@ -49,7 +49,7 @@ struct Model::Workspace {
         active.resize(std::max(active.size(), n * 6 + kSegments));
         for (auto& s : scores) s.resize(std::max(s.size(), size_t(c.group()) * size_t(n_ctx)));
         for (auto& h : heads) h.resize(size_t(2 * c.group() * c.padded_head()));
-        for (auto& s : scratch) s.resize(kernels.gemm_scratch_bytes(0));
+        for (auto& s : scratch) s.resize(kernels.gemm_scratch_bytes());
     }
 
     void resize_batch(const Config& c, int m, const Kernels& kernels) {

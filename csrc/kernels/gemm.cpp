@@ -31,8 +31,7 @@ static inline int padded_k(int k) { return round_up(k, 2); }
 size_t gemm_a_bytes(Type type, int m, int k) {
     return size_t(round_up(m, kMR)) * size_t(padded_k(k)) * (use_bf16(type) ? 2 : 4);
 }
-// one tile and the dequantised rows it is made from
-size_t gemm_scratch_bytes(int) { return size_t(kNR) * kKB * 4 * 2; }
+size_t gemm_scratch_bytes() { return size_t(kNR) * kKB * 4; }
 
 static inline uint16_t to_bf16(float x) {
     uint32_t u = float_bits(x);
@@ -92,169 +91,175 @@ static inline void micro_bf16(const uint16_t* a, int lda, const uint32_t* tile, 
     for (int i = 0; i < kMR; i++)
         for (int v = 0; v < 3; v++) _mm512_storeu_ps(c + size_t(i) * size_t(ldc) + v * W, acc[i][v]);
 }
-
-static inline void transpose16(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
-static inline __m512i pair_bf16(const float* p) {
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p));
-}
 #endif
-
-// Inputs k0..k0+kb of rows n0..n0+kNR, dequantised into rows[kNR][kKB]; k0 is a multiple of 32.
-template <Type T>
-static void fetch_rows(const Matrix* w, int n0, int k0, int kb, float* rows) {
-    for (int r = 0; r < kNR; r++) {
-        float* out = rows + r * kKB;
-        if (n0 + r >= w->rows) {
-            memset(out, 0, size_t(round_up(kb, 32)) * 4);
-            continue;
-        }
-        const uint8_t* row = w->row(n0 + r);
-        const uint16_t* scales = (const uint16_t*)(row + code_bytes(T, w->cols));
-        for (int k = 0; k < kb; k += 32) {
-            float d = 1, m = 0;
-            if constexpr (quantized(T)) {
-                const int b = (k0 + k) / 32;
-                d = half_float(scales[b]);
-                m = has_min(T) ? half_float(scales[scale_blocks(w->cols) + b]) : -float(code_offset(T)) * d;
-            }
-            for (int i = k; i < k + 32; i += W) {
-                vf v = {};
-                if (quantized(T) || k0 + i < w->cols) v = load_raw<T>(row, w->cols, k0 + i);
-                if constexpr (quantized(T)) v = v * d + m;
-                store(out + i, v);
-            }
-        }
-    }
-}
-
-static void tile_from_rows(const float* rows, int kb, bool bf16, void* tile) {
-#if defined(PS_AVX512)
-    const int step = bf16 ? 32 : 16;
-    for (int k = 0; k < kb; k += step) {
-        for (int v = 0; v < 3; v++) {
-            __m512i r[16];
-            for (int i = 0; i < 16; i++) {
-                const float* p = rows + (v * 16 + i) * kKB + k;
-                r[i] = bf16 ? pair_bf16(p) : _mm512_loadu_si512(p);
-            }
-            transpose16(r);
-            for (int i = 0; i < 16; i++) _mm512_storeu_si512((uint32_t*)tile + (k * 16 / step + i) * kNR + v * 16, r[i]);
-        }
-    }
-#else
-    (void)bf16;
-    for (int k = 0; k < kb; k++)
-        for (int r = 0; r < kNR; r++) ((float*)tile)[k * kNR + r] = rows[r * kKB + k];
-#endif
-}
 
 // Every token against one tile; `c` starts at the panel's first column.
-static void multiply_tile(const void* a, int m, int k, int k0, int kb, const void* tile, bool bf16, float* c, int ldc,
-                          bool first) {
+static void multiply_tile(const void* a, int m, int k, int k0, int kb, const void* tile, bool bf16, float* c, int ldc) {
     const int kp = padded_k(k);
     for (int i = 0; i < m; i += kMR) {
         const size_t at = size_t(i) * size_t(kp) + size_t(k0);
         float* out = c + size_t(i) * size_t(ldc);
 #if defined(PS_AVX512)
         if (bf16) {
-            micro_bf16((const uint16_t*)a + at, kp, (const uint32_t*)tile, (kb + 1) / 2, out, ldc, first);
+            micro_bf16((const uint16_t*)a + at, kp, (const uint32_t*)tile, (kb + 1) / 2, out, ldc, k0 == 0);
             continue;
         }
 #else
         (void)bf16;
 #endif
-        micro_f32((const float*)a + at, kp, (const float*)tile, kb, out, ldc, first);
+        micro_f32((const float*)a + at, kp, (const float*)tile, kb, out, ldc, k0 == 0);
     }
 }
 
-void gemm(const Matrix* w, int panel, const void* a, int m, float* c, int ldc, void* scratch) {
-    float* rows = (float*)scratch;
-    void* tile = rows + kNR * kKB;
-    const bool bf16 = use_bf16(w->type);
+// In place, r[i][j] <-> r[j][i].
+static inline void transpose(vf r[W]) {
+#if defined(PS_AVX512)
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32((__m512i)r[i], (__m512i)r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32((__m512i)r[i], (__m512i)r[i + 1]);
+    }
+    __m512i u[16];
+    for (int i = 0; i < 16; i += 4) {
+        u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(u[i], u[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(u[i], u[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = (vf)_mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = (vf)_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = (vf)_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = (vf)_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+#elif defined(PS_AVX2)
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps((__m256)r[i], (__m256)r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps((__m256)r[i], (__m256)r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = (vf)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        r[i + 4] = (vf)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+#else
+    for (int i = 0; i < W; i++) {
+        for (int j = 0; j < i; j++) {
+            const float x = r[i][j];
+            r[i][j] = r[j][i];
+            r[j][i] = x;
+        }
+    }
+#endif
+}
+
+// Inputs k0..k0+kb of outputs n0..n0+kNR, dequantised and transposed into tile order; k0 is a multiple of 32.
+template <Type T>
+static void fetch_tile(const Matrix* w, int n0, int k0, int kb, void* tile) {
+    const int blocks = scale_blocks(w->cols);
+    for (int v = 0; v < kNR; v += W) {
+        const uint8_t* row[W];
+        for (int i = 0; i < W; i++) row[i] = n0 + v + i < w->rows ? w->row(n0 + v + i) : nullptr;
+        for (int k = 0; k < kb; k += 32) {
+            float d[W], m[W];
+            if constexpr (quantized(T)) {
+                for (int i = 0; i < W; i++) {
+                    d[i] = m[i] = 0;
+                    if (!row[i]) continue;
+                    const uint16_t* scales = (const uint16_t*)(row[i] + code_bytes(T, w->cols)) + (k0 + k) / 32;
+                    d[i] = half_float(scales[0]);
+                    m[i] = has_min(T) ? half_float(scales[blocks]) : -float(code_offset(T)) * d[i];
+                }
+            }
+            auto load_square = [&](int col, vf r[W]) {
+                for (int i = 0; i < W; i++) {
+                    r[i] = vf{};
+                    if (row[i] && (quantized(T) || col < w->cols)) r[i] = load_raw<T>(row[i], w->cols, col);
+                    if constexpr (quantized(T)) r[i] = r[i] * d[i] + m[i];
+                }
+            };
+            vf r[W];
+#if defined(PS_AVX512)
+            if constexpr (use_bf16(T)) {
+                vf s[W];
+                load_square(k0 + k, r);
+                load_square(k0 + k + 16, s);
+                for (int i = 0; i < W; i++) r[i] = (vf)_mm512_cvtne2ps_pbh((__m512)s[i], (__m512)r[i]);
+                transpose(r);
+                for (int i = 0; i < W; i++) store((float*)tile + (k / 2 + i) * kNR + v, r[i]);
+                continue;
+            }
+#endif
+            for (int c = 0; c < 32; c += W) {
+                load_square(k0 + k + c, r);
+                transpose(r);
+                for (int i = 0; i < W; i++) store((float*)tile + (k + c + i) * kNR + v, r[i]);
+            }
+        }
+    }
+}
+
+void gemm(const Matrix* w, int panel, const void* a, int m, float* c, int ldc, void* tile) {
     for (int k0 = 0; k0 < w->cols; k0 += kKB) {
         const int kb = w->cols - k0 < kKB ? w->cols - k0 : kKB;
-#define PS_CALL(T) fetch_rows<T>(w, panel * kNR, k0, kb, rows)
+#define PS_CALL(T) fetch_tile<T>(w, panel * kNR, k0, kb, tile)
         PS_BY_TYPE(w->type, PS_CALL)
 #undef PS_CALL
-        tile_from_rows(rows, kb, bf16, tile);
-        multiply_tile(a, m, w->cols, k0, kb, tile, bf16, c + panel * kNR, ldc, k0 == 0);
+        multiply_tile(a, m, w->cols, k0, kb, tile, use_bf16(w->type), c + panel * kNR, ldc);
     }
 }
 
-// Columns c0..c0+kNR of neurons j0..j0+kb of the transposed down matrix, dequantised into tile order.
+// W columns from c of neuron j's down row.
 template <Type T>
-static void fetch_neurons(const Neurons* w, int c0, int j0, int kb, float* rows) {
-    const int width = w->width;
-    for (int j = 0; j < kb; j++) {
-        const uint8_t* row = w->down(j0 + j);
-        const uint16_t* ds = (const uint16_t*)w->group_scales((j0 + j) / kGroup);
-        const uint16_t* ms = ds + round_up(width, 64);
-        for (int v = 0; v < 3; v++) {
-            const int c = c0 + v * W;
-            vf x = {};
-            if (c < width) {
-                x = load_raw<T>(row, width, c);
-                if constexpr (quantized(T)) {
-                    vf d = load_half(ds + c);
-                    x = has_min(T) ? x * d + load_half(ms + c) : (x - float(code_offset(T))) * d;
-                }
-            }
-            store(rows + j * kNR + v * W, x);
-        }
+static inline vf neuron_columns(const Neurons* w, int j, int c) {
+    if (j >= w->count || c >= w->width) return vf{};
+    vf x = load_raw<T>(w->down(j), w->width, c);
+    if constexpr (quantized(T)) {
+        const uint16_t* scales = (const uint16_t*)w->group_scales(j / kGroup);
+        const vf d = load_half(scales + c);
+        x = has_min(T) ? x * d + load_half(scales + round_up(w->width, 64) + c) : (x - float(code_offset(T))) * d;
     }
+    return x;
 }
 
-void gemm_down(const Neurons* w, int panel, const void* a, int m, float* c, int ldc, void* scratch) {
-    float* rows = (float*)scratch;
-    const bool bf16 = use_bf16(w->down_type);
-    for (int j0 = 0; j0 < w->count; j0 += kKB) {
-        const int kb = w->count - j0 < kKB ? w->count - j0 : kKB;
-#define PS_CALL(T) fetch_neurons<T>(w, panel * kNR, j0, kb, rows)
-        PS_BY_TYPE(w->down_type, PS_CALL)
-#undef PS_CALL
-        const void* tile = rows;
+// The same tile from neuron-major weights: already in tile order.
+template <Type T>
+static void fetch_neurons(const Neurons* w, int c0, int j0, int kb, void* tile) {
+    for (int v = 0; v < kNR; v += W) {
 #if defined(PS_AVX512)
-        if (bf16) {  // pairs of neurons side by side in each column
-            if (kb & 1) memset(rows + kb * kNR, 0, kNR * 4);
-            uint32_t* out = (uint32_t*)(rows + kNR * kKB);
-            for (int p = 0; p < (kb + 1) / 2; p++) {
-                for (int v = 0; v < 3; v++) {
-                    __m512i lo = _mm512_cvtepu16_epi32(
-                        (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(rows + 2 * p * kNR + v * 16)));
-                    __m512i hi = _mm512_cvtepu16_epi32(
-                        (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(rows + (2 * p + 1) * kNR + v * 16)));
-                    _mm512_storeu_si512(out + p * kNR + v * 16, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
-                }
+        if constexpr (use_bf16(T)) {  // pairs of neurons side by side in each column
+            for (int j = 0; j < kb; j += 2) {
+                const vf x = neuron_columns<T>(w, j0 + j, c0 + v), y = neuron_columns<T>(w, j0 + j + 1, c0 + v);
+                const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+                const __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)y));
+                _mm512_storeu_si512((uint32_t*)tile + j / 2 * kNR + v, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
             }
-            tile = out;
+            continue;
         }
 #endif
-        multiply_tile(a, m, w->count, j0, kb, tile, bf16, c + panel * kNR, ldc, j0 == 0);
+        for (int j = 0; j < kb; j++) store((float*)tile + j * kNR + v, neuron_columns<T>(w, j0 + j, c0 + v));
+    }
+}
+
+void gemm_down(const Neurons* w, int panel, const void* a, int m, float* c, int ldc, void* tile) {
+    for (int j0 = 0; j0 < w->count; j0 += kKB) {
+        const int kb = w->count - j0 < kKB ? w->count - j0 : kKB;
+#define PS_CALL(T) fetch_neurons<T>(w, panel * kNR, j0, kb, tile)
+        PS_BY_TYPE(w->down_type, PS_CALL)
+#undef PS_CALL
+        multiply_tile(a, m, w->count, j0, kb, tile, use_bf16(w->down_type), c + panel * kNR, ldc);
     }
 }
 

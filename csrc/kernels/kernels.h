@@ -107,11 +107,11 @@ struct Kernels {
 
     // C[m][c0..c0+panel) = A[m][:] . W for output columns c0 = panel index * panel: see gemm.cpp
     size_t (*gemm_a_bytes)(Type type, int m, int k);
-    size_t (*gemm_scratch_bytes)(int k);
+    size_t (*gemm_scratch_bytes)();
     void (*gemm_pack_a)(Type type, const float* x, int m, int k, int ldx, void* a);
-    void (*gemm)(const Matrix* w, int panel, const void* a, int m, float* c, int ldc, void* scratch);
+    void (*gemm)(const Matrix* w, int panel, const void* a, int m, float* c, int ldc, void* tile);
     void (*gemm_down)(const Neurons* w, int panel, const void* a, int m, float* c, int ldc,
-                      void* scratch);
+                      void* tile);
 
     void (*attend)(const AttendArgs* a);
     void (*rmsnorm)(const float* x, const float* weight, int n, float eps, float* out);

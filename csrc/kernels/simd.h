@@ -35,15 +35,31 @@ constexpr int W = 4;
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef float vfu __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
-typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint8_t vbu __attribute__((vector_size(W), aligned(1), may_alias));
-typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef uint16_t vhu __attribute__((vector_size(W * 2), aligned(1), may_alias));
 
 static inline vf load(const float* p) { return *(const vfu*)p; }
 static inline void store(float* p, vf x) { *(vfu*)p = x; }
 static inline vf set1(float x) { return x - vf{}; }
-static inline vf to_float(vb x) { return __builtin_convertvector(__builtin_convertvector(x, vi), vf); }
+// GCC's __builtin_convertvector widens bytes one at a time, hence the intrinsics.
+static inline vi widen(const uint8_t* p) {
+#if defined(PS_AVX512)
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(PS_AVX2)
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    return __builtin_convertvector(*(const vbu*)p, vi);
+#endif
+}
+static inline vi widen(const uint16_t* p) {
+#if defined(PS_AVX512)
+    return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(PS_AVX2)
+    return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+    return __builtin_convertvector(*(const vhu*)p, vi);
+#endif
+}
 
 static inline float bits_float(uint32_t u) {
     float f;
@@ -110,8 +126,7 @@ static inline vf load_half(const uint16_t* p) {
 #endif
 }
 static inline vf load_bf16(const uint16_t* p) {
-    vi x = __builtin_convertvector(*(const vhu*)p, vi) << 16;
-    return (vf)x;
+    return (vf)(widen(p) << 16);
 }
 
 static inline float sum(vf x) {
@@ -152,20 +167,18 @@ static inline vf load_raw(const uint8_t* codes, int cols, int col) {
     if constexpr (T == Type::f32) return load((const float*)codes + col);
     if constexpr (T == Type::f16) return load_half((const uint16_t*)codes + col);
     if constexpr (T == Type::bf16) return load_bf16((const uint16_t*)codes + col);
-    if constexpr (T == Type::q8_0) return to_float(*(const vbu*)(codes + col));
+    if constexpr (T == Type::q8_0) return __builtin_convertvector(widen(codes + col), vf);
     if constexpr (quantized(T) && T != Type::q8_0) {
         int chunk = col / 64, in = col % 64;
-        vb b = *(const vbu*)(codes + chunk * 32 + in % 32);
-        vi v = __builtin_convertvector(b, vi);
+        vi v = widen(codes + chunk * 32 + in % 32);
         v = (in < 32 ? v : v >> 4) & 15;
         if constexpr (T == Type::q5_1) {
             const uint8_t* high = codes + round_up(cols, 64) / 2 + chunk * 8;
             uint64_t bits;
             memcpy(&bits, high, 8);
-            bits >>= in;
-            vi h;
-            for (int i = 0; i < W; i++) h[i] = int(bits >> i & 1) << 4;
-            v |= h;
+            vi bit;
+            for (int i = 0; i < W; i++) bit[i] = 1 << i;
+            v += ((vi{} + int(bits >> in & 0xffff)) & bit) != 0 ? vi{} + 16 : vi{};
         }
         return __builtin_convertvector(v, vf);
     }
