@@ -1,5 +1,5 @@
-// Prefill: C[m][n] = sum_k A[m][k] W[n][k] for many tokens m. A panel of W (3 vectors of outputs, 512 inputs)
-// is dequantised once into an L2-resident tile and met by all tokens, so its cost fades with m.
+// Prefill: C[m][n] = sum_k A[m][k] W[n][k] for many tokens m. A panel of W (3 vectors of outputs, 256 inputs)
+// is dequantised once into an L1-resident tile and met by all tokens, so its cost fades with m.
 // Tiles are f32 for f32 weights, bf16 pairs under AVX512-BF16 for the others (vdpbf16ps, f32 accumulation).
 // A: tokens in tiles of kMR, row-major inside, padded with zero rows. The order of additions depends on
 // neither the number of tokens nor of threads.
@@ -15,7 +15,7 @@ constexpr int kMR = 8;  // 24 of 32 registers accumulate
 constexpr int kMR = 4;  // 12 of 16
 #endif
 constexpr int kNR = 3 * W;
-constexpr int kKB = 512;
+constexpr int kKB = 256;
 
 const int kPanel = kNR;
 const int kTokenTile = kMR;

@@ -116,6 +116,14 @@ def test_mixed_layer_types_are_refused():
     assert config.sliding_window == 64
 
 
+def test_qwen_slides_from_a_layer_on():
+    sliding = qwen("qwen2", use_sliding_window=True, sliding_window=64)
+    assert ModelConfig.from_hf(sliding | {"max_window_layers": 0}).sliding_window == 64
+    assert ModelConfig.from_hf(sliding | {"max_window_layers": 30}).sliding_window is None
+    with pytest.raises(ValueError, match="sliding_window must hold for all layers or none"):
+        ModelConfig.from_hf(sliding | {"max_window_layers": 28})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

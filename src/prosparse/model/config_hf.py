@@ -23,7 +23,7 @@ _MODEL_TYPES = {name: name for name in _CLASSES} | {"sparsellama": "llama"}
 _HARMLESS = {
     *("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache"),
     *("initializer_range", "pad_token_id", "attention_dropout", "hidden_dropout", "pretraining_tp"),
-    *("is_llama_config", "transformers.js_config", "unsloth_version", "unsloth_fixed", "max_window_layers"),
+    *("is_llama_config", "transformers.js_config", "unsloth_version", "unsloth_fixed"),
     *("output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "id2label"),
     *("label2id", "problem_type", "chunk_size_feed_forward", "torchscript", "bad_words_ids", "is_decoder"),
     *("do_sample", "temperature", "top_k", "top_p", "max_length", "repetition_penalty", "mup_denominator"),
@@ -99,7 +99,7 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": keys.pop("rms_norm_eps", float),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "sliding_window": _sliding_window(keys, architecture),
+        "sliding_window": _sliding_window(keys, architecture, layers),
         "tie_word_embeddings": keys.pop("tie_word_embeddings", bool, architecture == "minicpm"),
         "attention_bias": bias,
         "qk_norm": architecture == "qwen3",
@@ -148,17 +148,22 @@ def _tokens(keys: _Keys, key: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _sliding_window(keys: _Keys, architecture: str) -> int | None:
+def _sliding_window(keys: _Keys, architecture: str, layers: int) -> int | None:
     """None unless every layer slides; models that mix both kinds of layers are refused."""
     window = keys.pop("sliding_window", int, None)
-    used = keys.pop("use_sliding_window", bool, architecture == "mistral")
-    kinds = set(keys.pop("layer_types", list, ["sliding_attention" if used and window else "full_attention"]))
-    if kinds == {"full_attention"}:
+    used = keys.pop("use_sliding_window", bool, architecture == "mistral") and window is not None
+    first = keys.pop("max_window_layers", int, None)  # Qwen slides the layers from this one on
+    kinds = keys.pop("layer_types", list, None)
+    if kinds is not None:
+        full = all(kind == "full_attention" for kind in kinds)
+        sliding = all(kind == "sliding_attention" for kind in kinds)
+    else:
+        full = not used or (first is not None and first >= layers)
+        sliding = used and (first == 0 or architecture == "mistral")
+    if full:
         return None
-    if kinds != {"sliding_attention"} or window is None:
-        raise ValueError(
-            f"config.json: layer_types {sorted(map(str, kinds))} is not supported: layers must agree"
-        )
+    if not sliding or window is None:
+        raise ValueError("config.json: sliding_window must hold for all layers or none (layer_types)")
     return window
 
 
@@ -251,7 +256,6 @@ def fields_to_hf(config: "ModelConfig") -> dict[str, Any]:
     elif architecture in ("qwen2", "qwen3"):
         sliding = config.sliding_window is not None
         fields |= {"use_sliding_window": sliding, "sliding_window": config.sliding_window}
-        # transformers slides the layers from this one on
         fields["max_window_layers"] = 0 if sliding else config.num_hidden_layers
     elif config.sliding_window is not None:
         raise ValueError(f"an HF {architecture} config cannot hold sliding_window = {config.sliding_window}")
