@@ -151,6 +151,11 @@ def test_chat_without_a_template_is_chatml(llm):
     assert ids == [256, 258, *b"user\nhi", 259, 10, 258, *b"assistant\n"]
 
 
+def test_minicpm_without_a_template_has_its_own(tiny_model):
+    llm = LLM(tiny_model("minicpm"), backend="naive")
+    assert llm.chat_ids([{"role": "user", "content": "hi"}]) == [256, *"<用户>hi<AI>".encode()]
+
+
 def test_logprobs(llm):
     ids = np.random.default_rng(0).integers(0, 256, 40)
     logits = llm.forward(ids, all_logits=True).astype(np.float64)

@@ -30,12 +30,13 @@ def main(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     sampling = options.sampling(args)
     llm = options.load(args)
-    ids = llm.tokenizer.encode(prompt, special=True)
     if llm.chat_template and not args.raw:
         system = [{"role": "system", "content": args.system}] if args.system else []
         ids = llm.chat_ids([*system, {"role": "user", "content": prompt}])
     elif args.system:
         raise ValueError("--system needs a model with a chat template, and no --raw")
+    else:
+        ids = llm.tokenizer.encode(prompt, special=True)
     answer = stream(
         llm.generate(ids, max_tokens=args.n_predict, sampling=sampling, stop=args.stop, stream=True)
     )
