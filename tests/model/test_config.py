@@ -300,6 +300,45 @@ def test_from_gguf_refuses(changes, message):
         ModelConfig.from_gguf(gguf_metadata(**changes))
 
 
+NUMBERS = (0, 1, -1, True, 10**400, 2**63, 1e308, 1e-308, math.nan, math.inf, -math.inf)
+ROPE_DICTS = (
+    {"type": [1]},
+    {"type": "yarn", "factor": 4.0},
+    {"type": "linear", "factor": 10**400},
+    {"rope_type": "yarn", "factor": 1e-300, "beta_fast": 1e300},
+)
+OTHERS = (None, "", "x", "yarn", "linear", "fatrelu_1", [], [1], [[1]], {}, ["sliding_attention"])
+ODD = st.sampled_from([*NUMBERS, *ROPE_DICTS, *OTHERS])
+MORE_HF = ["rope_parameters", "layer_types", "sliding_window", "use_sliding_window", "hidden_act_param"]
+MORE_GGUF = [f"rope.scaling.{key}" for key in ("type", "factor", "original_context_length", "attn_factor")]
+
+
+@given(st.data())
+def test_odd_values_never_crash(data):
+    base = data.draw(st.sampled_from([LLAMA, MINICPM_S, qwen("qwen2"), LLAMA | {"model_type": "mistral"}]))
+    change = data.draw(st.dictionaries(st.sampled_from([*base, *MORE_HF]), ODD, max_size=3))
+    try:
+        config = ModelConfig.from_hf(base | change)
+    except ValueError:
+        return
+    assert np.isfinite(config.inv_freq()).all()
+    assert ModelConfig.from_hf(config.to_hf()).inv_freq().shape == config.inv_freq().shape
+
+
+@given(st.data())
+def test_odd_gguf_values_never_crash(data):
+    base = ModelConfig.from_hf(data.draw(st.sampled_from([LLAMA, MINICPM_S]))).to_gguf()
+    more = [f"{base['general.architecture']}.{key}" for key in MORE_GGUF]
+    change = data.draw(
+        st.dictionaries(st.sampled_from([*base, *more, "tokenizer.ggml.tokens"]), ODD, max_size=3)
+    )
+    try:
+        config = ModelConfig.from_gguf(base | change)
+    except ValueError:
+        return
+    assert np.isfinite(config.inv_freq()).all()
+
+
 def test_oldest_minicpm_files_have_the_scales_of_their_time():
     config = ModelConfig.from_hf(MINICPM_S)
     metadata = config.to_gguf()

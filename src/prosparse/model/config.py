@@ -72,6 +72,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not (_is_number(value) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive finite number, not {value!r}")
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be greater than 1, not {self.rope_theta}")
         for token in (self.bos_token_id, *self.eos_token_ids):
             if token is not None:
                 _check_int("bos_token_id or eos_token_id", token, 0, self.vocab_size - 1)

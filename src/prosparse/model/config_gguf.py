@@ -69,10 +69,12 @@ def fields_from_gguf(
     for name in ("attention.value_length", "rope.dimension_count"):
         if (value := integer(name, head_dim)) != head_dim:
             raise ValueError(f"{prefix}{name} {value} differs from the head size {head_dim}: not supported")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    n_tokens = len(tokens) if isinstance(tokens, list) else None
     scales = _scales(keys, prefix, architecture, layers, hidden)
     fields |= {
         "architecture": architecture,
-        "vocab_size": integer("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
+        "vocab_size": integer("vocab_size", n_tokens),
         "num_key_value_heads": integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
@@ -152,6 +154,8 @@ def _rope_scaling(keys: dict[str, Any], prefix: str, rope_factors: tuple[float, 
     for name, value in (("factor", factor), ("attn_factor", attention), ("original_context_length", context)):
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError(f"{prefix}rope.scaling.{name} must be a number, not {value!r:.80}")
+    if not isinstance(context, int):
+        raise ValueError(f"{prefix}rope.scaling.original_context_length must be an integer, not {context}")
     if kind == "yarn" and attention != 1:
         raise ValueError(f"{prefix}rope.scaling.attn_factor {attention} is not supported")
     if rope_factors:
@@ -166,7 +170,7 @@ def _rope_scaling(keys: dict[str, Any], prefix: str, rope_factors: tuple[float, 
         case "linear":
             return None if factor in (0, 1) else RopeScaling("linear", factor=_decimal(factor))
         case "yarn":
-            return RopeScaling("yarn", factor=_decimal(factor), original_max_position_embeddings=int(context))
+            return RopeScaling("yarn", factor=_decimal(factor), original_max_position_embeddings=context)
     raise ValueError(f"{prefix}rope.scaling.type {kind!r} is not supported: none, linear and yarn are")
 
 

@@ -58,11 +58,16 @@ class _Keys:
             if default is ...:
                 raise ValueError(f"config.json: {key} is missing")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and _is_size(value):
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        if not isinstance(value, kind) or (kind is int and not _is_size(value)):
             raise ValueError(f"config.json: {key} must be of type {kind.__name__}, not {value!r:.80}")
         return value
+
+
+def _is_size(value: object) -> bool:
+    """Whether it is an integer of 64 bits: JSON's may be larger than any float."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def _activation(keys: _Keys) -> Activation:
 def _tokens(keys: _Keys, key: str) -> tuple[int, ...]:
     value = keys.left.pop(key, None)
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    if not all(_is_size(v) for v in values):
         raise ValueError(f"config.json: {key} must be token ids, not {value!r:.80}")
     return tuple(dict.fromkeys(values))
 
@@ -177,6 +182,8 @@ def _rope(keys: _Keys, context: int) -> tuple[float, RopeScaling | None]:
     kind = rope.pop("rope_type", old_type)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: rope partial_rotary_factor is not supported")
+    if not isinstance(kind, str):
+        raise ValueError(f"config.json: rope scaling type must be a string, not {kind!r:.80}")
     if kind == "longrope":
         return theta, _equal_longrope(rope)
     if kind == "default":
@@ -201,7 +208,7 @@ def _rope(keys: _Keys, context: int) -> tuple[float, RopeScaling | None]:
 
 def _rope_number(rope: dict[str, Any], key: str, default: float | None = None) -> float:
     value = rope.pop(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not (_is_size(value) or isinstance(value, float)) or not math.isfinite(value):
         raise ValueError(f"config.json: rope {key} must be a finite number, not {value!r:.80}")
     return float(value)
 
@@ -214,7 +221,7 @@ def _equal_longrope(rope: dict[str, Any]) -> RopeScaling:
             "config.json: rope scaling longrope is only supported with short_factor equal to long_factor "
             "and attention_factor 1.0"
         )
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in short):
+    if not all(_is_size(v) or isinstance(v, float) for v in short):
         raise ValueError("config.json: rope short_factor must be numbers")
     return RopeScaling("factors", factors=tuple(float(v) for v in short))
 

@@ -36,9 +36,9 @@ class RopeScaling:
             numbers["attention_factor"] = self.attention_factor
         numbers |= {f"factors[{i}]": value for i, value in enumerate(self.factors)}
         for name, value in numbers.items():
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"rope_scaling {name} must be positive and finite, not {value}")
-        if self.type in ("llama3", "yarn") and self.original_max_position_embeddings < 1:
+            if not 1e-6 <= value <= 1e6:
+                raise ValueError(f"rope_scaling {name} must be between 1e-6 and 1e6, not {value}")
+        if self.type in ("llama3", "yarn") and not 1 <= self.original_max_position_embeddings < 2**31:
             raise ValueError(f"rope_scaling type {self.type} needs original_max_position_embeddings")
         if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("rope_scaling high_freq_factor must be greater than low_freq_factor")
