@@ -23,7 +23,7 @@ from prosparse.engine.sampler import Sampler, SamplingParams
 from prosparse.engine.stream import TextStream
 from prosparse.engine.traffic import Traffic
 from prosparse.formats.quants import to_native
-from prosparse.model.chat import default_template, render
+from prosparse.model.chat import CHATML, MINICPM, render
 from prosparse.model.model import Model, Tensor
 from prosparse.model.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ class LLM:
         template = self.tokenizer.chat_template
         # published MiniCPM files lack the template that all of them were trained with
         if template is None and self.config.architecture == "minicpm":
-            return default_template("minicpm")
+            return MINICPM
         return template
 
     @property
@@ -192,7 +192,7 @@ class LLM:
         """Token ids of a conversation up to where the assistant answers."""
         tokenizer = self.tokenizer
         text = render(
-            self.chat_template or default_template(self.config.architecture),
+            self.chat_template or CHATML,
             messages,
             bos_token=tokenizer.token_text(tokenizer.bos_id),
             eos_token=tokenizer.token_text(next(iter(self.config.eos_token_ids), None)),
