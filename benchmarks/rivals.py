@@ -150,7 +150,7 @@ class TorchBf16:
 
     def __init__(self, path: Path, n_threads: int) -> None:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+        from transformers import LlamaConfig, LlamaForCausalLM
 
         from prosparse.formats import open_model
 
@@ -162,27 +162,26 @@ class TorchBf16:
         torch.set_default_dtype(torch.bfloat16)
         self._model = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(default)
-        self._cache = StaticCache(config=config, max_cache_len=MAX_BATCH)
         self.decode(range(3, 3 + 4))
 
-    def _run(self, tokens: Sequence[int], position: int) -> None:
-        torch = self._torch
-        positions = torch.arange(position, position + len(tokens))
-        with torch.inference_mode():
-            self._model(
-                input_ids=torch.tensor([list(tokens)]),
-                position_ids=positions[None],
-                past_key_values=self._cache,
-                logits_to_keep=1,
-            )
+    def _run(self, tokens: Sequence[int]) -> None:
+        ids = self._torch.tensor([list(tokens)])
+        with self._torch.inference_mode():
+            self._model(input_ids=ids, past_key_values=self._cache, logits_to_keep=1)
 
     def decode(self, tokens: Sequence[int]) -> list[float]:
-        self._cache.reset()
-        return _seconds_each(lambda step: self._run([step[1]], step[0]), list(enumerate(tokens)))
+        self._clear()
+        return _seconds_each(lambda token: self._run([token]), tokens)
 
     def prefill(self, tokens: Sequence[int]) -> float:
-        self._cache.reset()
-        return _seconds_each(lambda batch: self._run(batch, 0), [tokens])[0]
+        self._clear()
+        return _seconds_each(self._run, [tokens])[0]
+
+    def _clear(self) -> None:
+        """A growing cache: as fast as a static one a token, and faster in prefill."""
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
 
     def set_threads(self, n: int) -> None:
         self._torch.set_num_threads(n)
