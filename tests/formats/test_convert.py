@@ -128,29 +128,6 @@ ROPES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("architecture", "more"),
-    [
-        ("llama", {}),
-        ("minicpm", ARCHITECTURES["minicpm"]),
-        ("qwen2", {"bias": True}),
-        ("qwen3", {"qk_norm": True, "head_dim": 32}),
-        *(("llama", {"rope_scaling": scaling}) for scaling in ROPES.values()),
-    ],
-    ids=[*("llama", "minicpm", "qwen2", "qwen3"), *ROPES],
-)
-def test_llama_cpp_computes_the_same(tiny_model, tmp_path, architecture, more):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    path = save(tiny_model(architecture, hidden=128, **more), tmp_path)
-    tokens = np.random.default_rng(0).integers(0, 256, 40).tolist()
-    theirs = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, n_threads=1, verbose=False)
-    theirs.eval(tokens)
-    expected = np.array(theirs.scores[: len(tokens)])
-    logits = LLM(open_model(path), backend="naive").forward(tokens, all_logits=True)
-    # llama.cpp keeps keys and values in float16
-    assert np.abs(logits - expected).max() <= 2e-3 * np.abs(expected).max()
-
-
 @pytest.mark.parametrize("kind", NATIVE)
 @pytest.mark.parametrize("pure", [False, True])
 def test_types_of_a_quantised_file(tiny_model, tmp_path, kind, pure):
