@@ -136,6 +136,7 @@ def test_every_value_type_survives(tmp_path):
         "texts": ["", "a", "\n"],
         "no texts": [],
         "ints": [1, -2],
+        "big ints": [1 << 40, -1],
         "floats": [0.5, 1.5],
         "bools": np.array([True, False]),
         **{
@@ -153,7 +154,9 @@ def test_every_value_type_survives(tmp_path):
         assert np.array_equal(read[key], value), key
 
 
-@pytest.mark.parametrize("value", [None, {}, 1 << 64, [1, "a"], [[1]], np.zeros((2, 2)), b"bytes"])
+@pytest.mark.parametrize(
+    "value", [None, {}, 1 << 64, 1e300, [1, "a"], [[1]], [1 << 64], np.zeros((2, 2)), b"bytes"]
+)
 def test_values_without_a_gguf_form_are_refused(tmp_path, value):
     with pytest.raises(ValueError, match="key"):
         write_gguf(tmp_path / "m.gguf", {"key": value}, {})

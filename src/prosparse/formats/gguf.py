@@ -27,6 +27,8 @@ _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "B", 10
 _STRUCTS = {kind: struct.Struct(f"<{code}") for kind, code in _CODES.items()}
 _DTYPES = {kind: np.dtype(f"<{code}") for kind, code in _CODES.items()}
 _U32, _U64 = 4, 10
+# the type of a Python int, by its range: UINT32, INT32, UINT64, INT64
+_INT_RANGES = ((_U32, 0, 2**32), (5, -(2**31), 0), (_U64, 0, 2**64), (11, -(2**63), 0))
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 Buffer = bytes | mmap.mmap
@@ -264,13 +266,15 @@ def _packed(key: str, value: Any) -> bytes:
                 raise ValueError(f"{key}: {value} does not fit into 64 bits")
             return struct.pack("<I", kind) + _STRUCTS[kind].pack(value)
         case float():
+            if abs(value) > np.finfo(np.float32).max and math.isfinite(value):
+                raise ValueError(f"{key}: {value} does not fit into 32 bits")
             return struct.pack("<If", 6, value)
         case list() | tuple() if all(isinstance(v, str) for v in value):
             strings = b"".join(_packed_string(v) for v in value)
             return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + strings
         case list() | tuple():
             value = np.array(value)
-            if value.dtype == np.int64:
+            if value.dtype == np.int64 and np.abs(value).max() < 2**31:
                 value = value.astype(np.int32)
             elif value.dtype == np.float64:
                 value = value.astype(np.float32)
@@ -280,6 +284,3 @@ def _packed(key: str, value: Any) -> bytes:
     if value.dtype not in kinds:
         raise ValueError(f"{key}: an array of {value.dtype} has no GGUF form")
     return struct.pack("<IIQ", _ARRAY, kinds[value.dtype], len(value)) + value.tobytes()
-
-
-_INT_RANGES = ((4, 0, 2**32), (5, -(2**31), 0), (10, 0, 2**64), (11, -(2**63), 0))
