@@ -73,19 +73,21 @@ Config config_of(const nb::dict& d) {
     c.hidden_act_param = get("hidden_act_param", float());
     c.qk_norm = get("qk_norm", bool());
     c.inv_freq = get("inv_freq", std::vector<float>());
-    for (int n : {c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads,
-                  c.num_key_value_heads, c.head_dim})
+    for (int n : {c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers,
+                  c.num_attention_heads, c.num_key_value_heads, c.head_dim})
         if (n < 1 || n > 1 << 26) throw nb::value_error("config sizes must be positive");
     if (c.num_attention_heads % c.num_key_value_heads)
         throw nb::value_error("num_attention_heads must be a multiple of num_key_value_heads");
     if (c.head_dim % 2 || c.head_dim > 1024) throw nb::value_error("head_dim must be even and at most 1024");
-    if (c.inv_freq.size() != size_t(c.head_dim / 2)) throw nb::value_error("inv_freq must have head_dim / 2 entries");
+    if (c.inv_freq.size() != size_t(c.head_dim / 2))
+        throw nb::value_error("inv_freq must have head_dim / 2 entries");
     return c;
 }
 
-void set_tensor(Model& m, const std::string& name, const std::string& type, std::vector<int64_t> shape, Bytes data,
-                bool mapped) {
-    Source s{type_of(type), std::move(shape), data.data(), data.size(), mapped, std::make_shared<Bytes>(data)};
+void set_tensor(Model& m, const std::string& name, const std::string& type, std::vector<int64_t> shape,
+                Bytes data, bool mapped) {
+    Source s{type_of(type), std::move(shape), data.data(),
+             data.size(),   mapped,           std::make_shared<Bytes>(data)};
     m.set_tensor(name, std::move(s));
 }
 
@@ -161,36 +163,44 @@ double bandwidth(int n_threads, size_t megabytes) {
 
 NB_MODULE(_core, m) {
     nb::class_<Cache>(m, "Cache")
-        .def("__init__", [](Cache* c, const Model& model, int n_ctx) { new (c) Cache(model.config, n_ctx); }, "model"_a,
-             "n_ctx"_a)
+        .def(
+            "__init__", [](Cache* c, const Model& model, int n_ctx) { new (c) Cache(model.config, n_ctx); },
+            "model"_a, "n_ctx"_a)
         .def_ro("n_ctx", &Cache::n_ctx)
         .def_ro("n_past", &Cache::n_past)
         .def_prop_ro("bytes", &Cache::bytes)
-        .def("truncate",
-             [](Cache& c, int n) {
-                 if (n < 0 || n > c.n_past)
-                     throw nb::value_error(("cannot truncate a cache of " + std::to_string(c.n_past) + " tokens to " +
-                                            std::to_string(n)).c_str());
-                 c.n_past = n;
-             },
-             "n"_a);
+        .def(
+            "truncate",
+            [](Cache& c, int n) {
+                if (n < 0 || n > c.n_past)
+                    throw nb::value_error(("cannot truncate a cache of " + std::to_string(c.n_past) +
+                                           " tokens to " + std::to_string(n))
+                                              .c_str());
+                c.n_past = n;
+            },
+            "n"_a);
     nb::class_<Model>(m, "Model")
-        .def("__init__",
-             [](Model* self, const nb::dict& config, int n_threads, const std::string& mode) {
-                 if (mode != "exact" && mode != "dense") throw nb::value_error("mode must be 'exact' or 'dense'");
-                 Config c = config_of(config);
-                 if (mode == "exact" && !c.sparse())
-                     throw nb::value_error("exact mode needs an activation with exact zeros (relu, fatrelu, shiftrelu)");
-                 new (self) Model(std::move(c), n_threads, mode == "exact" ? Model::Mode::exact : Model::Mode::dense);
-             },
-             "config"_a, "n_threads"_a, "mode"_a)
+        .def(
+            "__init__",
+            [](Model* self, const nb::dict& config, int n_threads, const std::string& mode) {
+                if (mode != "exact" && mode != "dense")
+                    throw nb::value_error("mode must be 'exact' or 'dense'");
+                Config c = config_of(config);
+                if (mode == "exact" && !c.sparse())
+                    throw nb::value_error(
+                        "exact mode needs an activation with exact zeros (relu, fatrelu, shiftrelu)");
+                new (self)
+                    Model(std::move(c), n_threads, mode == "exact" ? Model::Mode::exact : Model::Mode::dense);
+            },
+            "config"_a, "n_threads"_a, "mode"_a)
         .def("set_tensor", &set_tensor, "name"_a, "type"_a, "shape"_a, "data"_a, "mapped"_a = false)
         .def("finish", &Model::finish)
         .def("forward", &forward, "cache"_a, "tokens"_a, "all_logits"_a = false)
         .def("stats",
              [](const Model& self) {
                  const Stats& s = self.stats;
-                 const uint64_t per_token = uint64_t(self.config.intermediate_size) * uint64_t(self.config.num_hidden_layers);
+                 const uint64_t per_token =
+                     uint64_t(self.config.intermediate_size) * uint64_t(self.config.num_hidden_layers);
                  nb::dict d;
                  d["tokens"] = s.decode_tokens;
                  d["active"] = s.decode_active;
@@ -203,7 +213,8 @@ NB_MODULE(_core, m) {
                  return d;
              })
         .def("reset_stats", [](Model& self) { self.stats = {}; })
-        .def_prop_ro("mode", [](const Model& self) { return self.mode == Model::Mode::exact ? "exact" : "dense"; })
+        .def_prop_ro("mode",
+                     [](const Model& self) { return self.mode == Model::Mode::exact ? "exact" : "dense"; })
         .def_ro("skipping", &Model::skipping)
         .def_prop_ro("weight_bytes", &Model::weight_bytes)
         .def_prop_rw("n_threads", &Model::n_threads, &Model::set_threads);

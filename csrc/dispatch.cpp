@@ -44,7 +44,8 @@ const Kernels& kernels() {
             if (std::string(wanted) == k->isa) return k;
             names += std::string(names.empty() ? "" : ", ") + k->isa;
         }
-        throw std::invalid_argument("PROSPARSE_ISA=" + std::string(wanted) + " cannot run here; use one of: " + names);
+        throw std::invalid_argument("PROSPARSE_ISA=" + std::string(wanted) +
+                                    " cannot run here; use one of: " + names);
     }();
     return *chosen;
 }

@@ -1,6 +1,6 @@
-// The forward pass: decode (one token, bound by reading weights) and prefill (many tokens, bound by arithmetic).
-// Work is split by rows, heads or fixed segments, never by how many threads there are, so results are
-// bit-equal for every thread count.
+// The forward pass: decode (one token, bound by reading weights) and prefill (many tokens, bound by
+// arithmetic). Work is split by rows, heads or fixed segments, never by how many threads there are, so
+// results are bit-equal for every thread count.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -29,7 +29,7 @@ void Model::embed(int32_t token, float* out) {
         for (int i = 0; i < config.hidden_size; i++) out[i] *= config.embedding_scale;
 }
 
-void Model::project(std::initializer_list<Part> parts, const Acts& x, float scale, bool accumulate) {
+uint64_t Model::project(std::initializer_list<Part> parts, const Acts& x, float scale, bool accumulate) {
     int rows = 0;
     size_t bytes = 0;
     for (const Part& p : parts) rows += p.w->rows, bytes += p.w->stride * size_t(p.w->rows);
@@ -53,21 +53,27 @@ void Model::project(std::initializer_list<Part> parts, const Acts& x, float scal
             first -= p.w->rows, last -= p.w->rows;
         }
     });
-    stats.decode_bytes += bytes;
+    return bytes;
 }
 
-void Model::rotate(float* x, int heads, int position, const std::vector<float>& norm) {
-    const int hd = config.head_dim;
-    float cos[512], sin[512];
-    for (int i = 0; i < hd / 2; i++) {
-        const float angle = float(position) * config.inv_freq[size_t(i)];
-        cos[i] = std::cos(angle) * config.rope_attention_factor;
-        sin[i] = std::sin(angle) * config.rope_attention_factor;
+void Model::rope_angles(int position, int n) {
+    const size_t half = size_t(config.head_dim / 2);
+    ws_->cos.resize(half * size_t(n));
+    ws_->sin.resize(half * size_t(n));
+    for (size_t i = 0; i < half * size_t(n); i++) {
+        const float angle = float(position + int(i / half)) * config.inv_freq[i % half];
+        ws_->cos[i] = std::cos(angle) * config.rope_attention_factor;
+        ws_->sin[i] = std::sin(angle) * config.rope_attention_factor;
     }
+}
+
+void Model::rotate(float* x, int heads, int index, const std::vector<float>& norm) {
+    const int hd = config.head_dim;
+    const size_t at = size_t(index) * size_t(hd / 2);
     for (int h = 0; h < heads; h++) {
         float* v = x + size_t(h) * size_t(hd);
         if (!norm.empty()) k_.rmsnorm(v, norm.data(), hd, config.rms_norm_eps, v);
-        k_.rope(v, cos, sin, hd);
+        k_.rope(v, &ws_->cos[at], &ws_->sin[at], hd);
     }
 }
 
@@ -75,8 +81,8 @@ void Model::attend_token(Layer& l, int index, Cache& cache) {
     Workspace& w = *ws_;
     const Config& c = config;
     const int hd = c.head_dim, pad = c.padded_head(), pos = cache.n_past;
-    rotate(w.q.data(), c.num_attention_heads, pos, l.q_norm);
-    rotate(w.k.data(), c.num_key_value_heads, pos, l.k_norm);
+    rotate(w.q.data(), c.num_attention_heads, 0, l.q_norm);
+    rotate(w.k.data(), c.num_key_value_heads, 0, l.k_norm);
     for (int h = 0; h < c.num_key_value_heads; h++) {
         k_.to_half(&w.k[size_t(h * hd)], hd, cache.k(index, h) + size_t(pos) * size_t(pad));
         k_.to_half(&w.v[size_t(h * hd)], hd, cache.v(index, h) + size_t(pos) * size_t(pad));
@@ -87,8 +93,17 @@ void Model::attend_token(Layer& l, int index, Cache& cache) {
         std::memset(q, 0, size_t(pad) * 4);
         std::memcpy(q, &w.q[size_t(h * hd)], size_t(hd) * 4);
         const int kv = h / c.group();
-        AttendArgs a{q, cache.k(index, kv), cache.v(index, kv), 1, pos + 1, pad, pad, pad,
-                     scale, w.scores[size_t(thread)].data(), out};
+        AttendArgs a{q,
+                     cache.k(index, kv),
+                     cache.v(index, kv),
+                     1,
+                     pos + 1,
+                     pad,
+                     pad,
+                     pad,
+                     scale,
+                     w.scores[size_t(thread)].data(),
+                     out};
         k_.attend(&a);
         std::memcpy(w.attn.acts.f + size_t(h * hd), out, size_t(hd) * 4);
     });
@@ -118,7 +133,8 @@ void Model::ffn_dense(Layer& l) {
     });
     stats.decode_bytes += bytes;
     for (int i = 0; i < items; i++) stats.decode_active += active[size_t(i)];
-    project({{&l.down, w.x.data(), nullptr}}, w.hidden.acts, config.residual_scale, true);
+    stats.decode_bytes +=
+        project({{&l.down, w.x.data(), nullptr}}, w.hidden.acts, config.residual_scale, true);
 }
 
 // Gate rows of a group stream in while the up and down rows of the group before, whose active neurons are
@@ -176,7 +192,8 @@ void Model::ffn_exact(Layer& l) {
         k_.add(w.x.data(), &w.partial[size_t(s) * size_t(width)], config.residual_scale, n.width);
     }
     stats.decode_active += active;
-    stats.decode_bytes += l.gate.stride * size_t(n.count) + n.record * active + n.scale_stride * size_t(groups);
+    stats.decode_bytes +=
+        l.gate.stride * size_t(n.count) + n.record * active + n.scale_stride * size_t(groups);
     const double density = double(active) / n.count;
     density_ = density_ < 0 ? density : density_ + (density - density_) * 0.01;
 }
@@ -185,18 +202,19 @@ void Model::decode(Cache& cache, int32_t token, const std::function<bool()>& int
     Workspace& w = *ws_;
     const Config& c = config;
     embed(token, w.x.data());
+    rope_angles(cache.n_past, 1);
     stats.decode_bytes += embed_.stride;
     for (size_t i = 0; i < layers_.size(); i++) {
         if (i % 8 == 0 && (stopped = interrupted())) return;
         Layer& l = layers_[i];
         k_.rmsnorm(w.x.data(), l.attn_norm.data(), c.hidden_size, c.rms_norm_eps, w.in.acts.f);
         k_.quantize(w.in.acts.f, c.hidden_size, &w.in.acts);
-        project({{&l.q, w.q.data(), l.q_bias.empty() ? nullptr : l.q_bias.data()},
-                 {&l.k, w.k.data(), l.k_bias.empty() ? nullptr : l.k_bias.data()},
-                 {&l.v, w.v.data(), l.v_bias.empty() ? nullptr : l.v_bias.data()}},
-                w.in.acts, 1.0f, false);
+        stats.decode_bytes += project({{&l.q, w.q.data(), l.q_bias.empty() ? nullptr : l.q_bias.data()},
+                                       {&l.k, w.k.data(), l.k_bias.empty() ? nullptr : l.k_bias.data()},
+                                       {&l.v, w.v.data(), l.v_bias.empty() ? nullptr : l.v_bias.data()}},
+                                      w.in.acts, 1.0f, false);
         attend_token(l, int(i), cache);
-        project({{&l.o, w.x.data(), nullptr}}, w.attn.acts, c.residual_scale, true);
+        stats.decode_bytes += project({{&l.o, w.x.data(), nullptr}}, w.attn.acts, c.residual_scale, true);
         k_.rmsnorm(w.x.data(), l.ffn_norm.data(), c.hidden_size, c.rms_norm_eps, w.in.acts.f);
         k_.quantize(w.in.acts.f, c.hidden_size, &w.in.acts);
         mode == Mode::exact ? ffn_exact(l) : ffn_dense(l);
@@ -204,7 +222,7 @@ void Model::decode(Cache& cache, int32_t token, const std::function<bool()>& int
     if (mode == Mode::exact) skipping = density_ < kDenseAbove;
 }
 
-void Model::logits_of(const float* x, int m, float* out) {
+uint64_t Model::logits_of(const float* x, int m, float* out) {
     Workspace& w = *ws_;
     const Config& c = config;
     const float inv = 1.0f / c.logit_scale;
@@ -213,8 +231,7 @@ void Model::logits_of(const float* x, int m, float* out) {
         if (inv != 1.0f)
             for (int i = 0; i < c.hidden_size; i++) w.in.acts.f[i] *= inv;
         k_.quantize(w.in.acts.f, c.hidden_size, &w.in.acts);
-        project({{&head_, out, nullptr}}, w.in.acts, 1.0f, false);
-        return;
+        return project({{&head_, out, nullptr}}, w.in.acts, 1.0f, false);
     }
     const int d = c.hidden_size, ldc = round_up(c.vocab_size, k_.panel);
     w.blogits.resize(size_t(round_up(m, k_.token_tile)) * size_t(ldc));
@@ -228,6 +245,7 @@ void Model::logits_of(const float* x, int m, float* out) {
     for (int i = 0; i < m; i++)
         std::memcpy(out + size_t(i) * size_t(c.vocab_size), &w.blogits[size_t(i) * size_t(ldc)],
                     size_t(c.vocab_size) * 4);
+    return head_.stride * size_t(head_.rows);
 }
 
 // Packs A once, then hands out panels of outputs.
@@ -236,7 +254,6 @@ void Model::gemm(const Matrix& m, const float* x, int n, int ldx, float* c, int 
     pool_->run((m.rows + k_.panel - 1) / k_.panel, [&](int panel, int thread) {
         k_.gemm(&m, panel, ws_->packed_a.data(), n, c, ldc, ws_->scratch[size_t(thread)].data());
     });
-    stats.prefill_bytes += m.stride * size_t(m.rows);
 }
 
 void Model::pack_a(Type type, const float* x, int n, int cols, int ldx) {
@@ -262,8 +279,8 @@ void Model::attend_batch(Layer& l, int index, Cache& cache, int m) {
         for (size_t j = 0; j < l.q_bias.size(); j++) q[j] += l.q_bias[j];
         for (size_t j = 0; j < l.k_bias.size(); j++) k[j] += l.k_bias[j];
         for (size_t j = 0; j < l.v_bias.size(); j++) v[j] += l.v_bias[j];
-        rotate(q, c.num_attention_heads, past + i, l.q_norm);
-        rotate(k, c.num_key_value_heads, past + i, l.k_norm);
+        rotate(q, c.num_attention_heads, i, l.q_norm);
+        rotate(k, c.num_key_value_heads, i, l.k_norm);
         for (int h = 0; h < c.num_key_value_heads; h++) {
             const size_t at = size_t(past + i) * size_t(pad);
             k_.to_half(k + h * hd, hd, cache.k(index, h) + at);
@@ -276,13 +293,23 @@ void Model::attend_batch(Layer& l, int index, Cache& cache, int m) {
         auto& head = w.heads[size_t(thread)];  // zero-padded queries, then outputs
         float *q = head.data(), *out = head.data() + group * pad;
         for (int h = 0; h < group; h++)
-            std::memcpy(q + h * pad, &w.bq[size_t(i) * size_t(w.ldq) + size_t((kv * group + h) * hd)], size_t(hd) * 4);
-        AttendArgs a{q, cache.k(index, kv), cache.v(index, kv), group, past + i + 1, pad, pad, pad,
-                     scale, w.scores[size_t(thread)].data(), out};
+            std::memcpy(q + h * pad, &w.bq[size_t(i) * size_t(w.ldq) + size_t((kv * group + h) * hd)],
+                        size_t(hd) * 4);
+        AttendArgs a{q,
+                     cache.k(index, kv),
+                     cache.v(index, kv),
+                     group,
+                     past + i + 1,
+                     pad,
+                     pad,
+                     pad,
+                     scale,
+                     w.scores[size_t(thread)].data(),
+                     out};
         k_.attend(&a);
         for (int h = 0; h < group; h++)
-            std::memcpy(&w.battn[size_t(i) * size_t(c.q_size()) + size_t((kv * group + h) * hd)], out + h * pad,
-                        size_t(hd) * 4);
+            std::memcpy(&w.battn[size_t(i) * size_t(c.q_size()) + size_t((kv * group + h) * hd)],
+                        out + h * pad, size_t(hd) * 4);
     });
 }
 
@@ -309,16 +336,26 @@ void Model::ffn_batch(Layer& l, int m) {
         w.active[size_t(p)] = active;
     });
     for (int p = 0; p < panels; p++) stats.prefill_active += w.active[size_t(p)];
-    stats.prefill_bytes += (l.gate.stride + up.stride) * size_t(ff);
     if (mode == Mode::dense) {
         gemm(l.down, w.bgate.data(), m, w.ldff, w.bout.data(), w.ldd);
     } else {
         pack_a(l.neurons.down_type, w.bgate.data(), m, ff, w.ldff);
         pool_->run((d + k_.panel - 1) / k_.panel, [&](int p, int thread) {
-            k_.gemm_down(&l.neurons, p, w.packed_a.data(), m, w.bout.data(), w.ldd, w.scratch[size_t(thread)].data());
+            k_.gemm_down(&l.neurons, p, w.packed_a.data(), m, w.bout.data(), w.ldd,
+                         w.scratch[size_t(thread)].data());
         });
-        stats.prefill_bytes += (l.neurons.record - l.neurons.down_offset) * size_t(ff);
     }
+}
+
+uint64_t Model::layer_bytes(const Layer& l) const {
+    auto bytes = [](const Matrix& m) { return m.stride * size_t(m.rows); };
+    uint64_t total =
+        bytes(l.q) + bytes(l.k) + bytes(l.v) + bytes(l.o) + bytes(l.gate) + bytes(l.up) + bytes(l.down);
+    if (mode == Mode::exact) {
+        const Neurons& n = l.neurons;
+        total += n.record * size_t(n.count) + n.scale_stride * size_t((n.count + kGroup - 1) / kGroup);
+    }
+    return total;
 }
 
 void Model::prefill(Cache& cache, std::span<const int32_t> tokens, const std::function<bool()>& interrupted,
@@ -327,9 +364,11 @@ void Model::prefill(Cache& cache, std::span<const int32_t> tokens, const std::fu
     const Config& c = config;
     const int m = int(tokens.size()), d = c.hidden_size;
     w.resize_batch(c, m, k_);
+    rope_angles(cache.n_past, m);
     auto norm = [&](const std::vector<float>& weight) {
         for (int i = 0; i < m; i++)
-            k_.rmsnorm(&w.bx[size_t(i) * size_t(d)], weight.data(), d, c.rms_norm_eps, &w.bnorm[size_t(i) * size_t(d)]);
+            k_.rmsnorm(&w.bx[size_t(i) * size_t(d)], weight.data(), d, c.rms_norm_eps,
+                       &w.bnorm[size_t(i) * size_t(d)]);
     };
     auto add_out = [&] {
         for (int i = 0; i < m; i++)
@@ -349,6 +388,7 @@ void Model::prefill(Cache& cache, std::span<const int32_t> tokens, const std::fu
         norm(l.ffn_norm);
         ffn_batch(l, m);
         add_out();
+        stats.prefill_bytes += layer_bytes(l);
     }
 }
 
@@ -373,7 +413,7 @@ bool Model::forward(Cache& cache, std::span<const int32_t> tokens, bool all_logi
     if (n == 1) {
         decode(cache, tokens[0], interrupted, stopped);
         if (stopped) return false;
-        logits_of(ws_->x.data(), 1, logits);
+        stats.decode_bytes += logits_of(ws_->x.data(), 1, logits);
         cache.n_past++;
         stats.decode_tokens++;
         return true;
@@ -385,8 +425,11 @@ bool Model::forward(Cache& cache, std::span<const int32_t> tokens, bool all_logi
             cache.n_past = start;
             return false;
         }
-        if (all_logits) logits_of(ws_->bx.data(), m, logits + size_t(at) * size_t(config.vocab_size));
-        else if (at + m == n) logits_of(&ws_->bx[size_t(m - 1) * size_t(config.hidden_size)], 1, logits);
+        if (all_logits)
+            stats.prefill_bytes +=
+                logits_of(ws_->bx.data(), m, logits + size_t(at) * size_t(config.vocab_size));
+        else if (at + m == n)
+            stats.prefill_bytes += logits_of(&ws_->bx[size_t(m - 1) * size_t(config.hidden_size)], 1, logits);
         cache.n_past += m;
         stats.prefill_tokens += uint64_t(m);
     }

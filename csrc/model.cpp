@@ -21,7 +21,8 @@ constexpr size_t kHuge = 2u << 20;
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 uint8_t* map_pages(size_t bytes) {
-    void* p = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     // trim to a 2 MB boundary so that every page of the block can be a huge one
     auto start = reinterpret_cast<uintptr_t>(p), aligned = (start + kHuge - 1) / kHuge * kHuge;
@@ -69,7 +70,8 @@ Cache::Cache(const Config& config, int n_ctx)
     if (n_ctx < 1) fail("n_ctx must be at least 1, got " + std::to_string(n_ctx));
     size_ = 2 * at(layers_, 0);
     // untouched pages stay unbacked: a long context costs memory only as it fills
-    void* p = mmap(nullptr, size_ * 2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p =
+        mmap(nullptr, size_ * 2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     data_ = static_cast<uint16_t*>(p);
 }
@@ -117,7 +119,7 @@ void Model::pack_neurons(Layer& layer) {
     n.count = count;
     n.width = width;
     n.down_offset = row_bytes(up.type, width);
-    n.record = n.down_offset + (code_bytes(down.type, width) + 15) / 16 * 16;
+    n.record = n.down_offset + (code_bytes(down.type, width) + 31) / 32 * 32;
     const int groups = (count + kGroup - 1) / kGroup;
     n.scale_stride = quantized(down.type) ? size_t(round_up(width, 64)) * (has_min(down.type) ? 4 : 2) : 0;
     uint8_t* records = arena_.allocate(n.record * size_t(count));
@@ -144,7 +146,8 @@ void Model::set_tensor(const std::string& name, Source s) {
         if (s.shape != std::vector<int64_t>{rows, cols})
             fail(name + ": expected shape (" + std::to_string(rows) + ", " + std::to_string(cols) + ")");
         if (quantized(s.type) && cols % 32) fail(name + ": quantised rows need a multiple of 32 columns");
-        if (s.bytes != file_row_bytes(s.type, cols) * size_t(rows)) fail(name + ": data does not match its shape");
+        if (s.bytes != file_row_bytes(s.type, cols) * size_t(rows))
+            fail(name + ": data does not match its shape");
     };
     auto matrix = [&](Matrix& m, int rows, int cols) {
         check(rows, cols);
@@ -158,33 +161,49 @@ void Model::set_tensor(const std::string& name, Source s) {
     }
     const std::string prefix = "model.layers.";
     const size_t dot = name.find('.', prefix.size());
-    if (name.compare(0, prefix.size(), prefix) != 0 || dot == std::string::npos) fail("unknown tensor " + name);
+    if (name.compare(0, prefix.size(), prefix) != 0 || dot == std::string::npos)
+        fail("unknown tensor " + name);
     const std::string number = name.substr(prefix.size(), dot - prefix.size()), rest = name.substr(dot + 1);
     if (number.empty() || number.size() > 6 || number.find_first_not_of("0123456789") != std::string::npos ||
         std::stoi(number) >= c.num_hidden_layers)
         fail("unknown tensor " + name);
     Layer& l = layers_[size_t(std::stoi(number))];
     const int d = c.hidden_size, ff = c.intermediate_size;
-    if (rest == "input_layernorm.weight") l.attn_norm = floats(name, s, d);
-    else if (rest == "post_attention_layernorm.weight") l.ffn_norm = floats(name, s, d);
-    else if (rest == "self_attn.q_norm.weight" && c.qk_norm) l.q_norm = floats(name, s, c.head_dim);
-    else if (rest == "self_attn.k_norm.weight" && c.qk_norm) l.k_norm = floats(name, s, c.head_dim);
-    else if (rest == "self_attn.q_proj.bias") l.q_bias = floats(name, s, c.q_size());
-    else if (rest == "self_attn.k_proj.bias") l.k_bias = floats(name, s, c.kv_size());
-    else if (rest == "self_attn.v_proj.bias") l.v_bias = floats(name, s, c.kv_size());
-    else if (rest == "self_attn.q_proj.weight") matrix(l.q, c.q_size(), d);
-    else if (rest == "self_attn.k_proj.weight") matrix(l.k, c.kv_size(), d);
-    else if (rest == "self_attn.v_proj.weight") matrix(l.v, c.kv_size(), d);
-    else if (rest == "self_attn.o_proj.weight") matrix(l.o, d, c.q_size());
-    else if (rest == "mlp.gate_proj.weight") matrix(l.gate, ff, d);
-    else if (rest == "mlp.up_proj.weight" && mode == Mode::dense) matrix(l.up, ff, d);
-    else if (rest == "mlp.down_proj.weight" && mode == Mode::dense) matrix(l.down, d, ff);
+    if (rest == "input_layernorm.weight")
+        l.attn_norm = floats(name, s, d);
+    else if (rest == "post_attention_layernorm.weight")
+        l.ffn_norm = floats(name, s, d);
+    else if (rest == "self_attn.q_norm.weight" && c.qk_norm)
+        l.q_norm = floats(name, s, c.head_dim);
+    else if (rest == "self_attn.k_norm.weight" && c.qk_norm)
+        l.k_norm = floats(name, s, c.head_dim);
+    else if (rest == "self_attn.q_proj.bias")
+        l.q_bias = floats(name, s, c.q_size());
+    else if (rest == "self_attn.k_proj.bias")
+        l.k_bias = floats(name, s, c.kv_size());
+    else if (rest == "self_attn.v_proj.bias")
+        l.v_bias = floats(name, s, c.kv_size());
+    else if (rest == "self_attn.q_proj.weight")
+        matrix(l.q, c.q_size(), d);
+    else if (rest == "self_attn.k_proj.weight")
+        matrix(l.k, c.kv_size(), d);
+    else if (rest == "self_attn.v_proj.weight")
+        matrix(l.v, c.kv_size(), d);
+    else if (rest == "self_attn.o_proj.weight")
+        matrix(l.o, d, c.q_size());
+    else if (rest == "mlp.gate_proj.weight")
+        matrix(l.gate, ff, d);
+    else if (rest == "mlp.up_proj.weight" && mode == Mode::dense)
+        matrix(l.up, ff, d);
+    else if (rest == "mlp.down_proj.weight" && mode == Mode::dense)
+        matrix(l.down, d, ff);
     else if (rest == "mlp.up_proj.weight" || rest == "mlp.down_proj.weight") {
         const bool up = rest == "mlp.up_proj.weight";
         up ? check(ff, d) : check(d, ff);
         (up ? l.up_source : l.down_source) = std::move(s);
         if (l.up_source.data && l.down_source.data) pack_neurons(l);
-    } else fail("unknown tensor " + name);
+    } else
+        fail("unknown tensor " + name);
 }
 
 void Model::finish() {

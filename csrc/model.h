@@ -131,7 +131,8 @@ class Model {
     void release(const Source& s);
 
     void decode(Cache& cache, int32_t token, const std::function<bool()>& interrupted, bool& stopped);
-    void project(std::initializer_list<Part> parts, const Acts& x, float scale, bool accumulate);
+    // returns the bytes of weights read
+    uint64_t project(std::initializer_list<Part> parts, const Acts& x, float scale, bool accumulate);
     void attend_token(Layer& layer, int index, Cache& cache);
     void ffn_dense(Layer& layer);
     void ffn_exact(Layer& layer);
@@ -143,9 +144,11 @@ class Model {
     void gemm(const Matrix& w, const float* x, int m, int ldx, float* c, int ldc);
     void attend_batch(Layer& layer, int index, Cache& cache, int m);
     void ffn_batch(Layer& layer, int m);
-    void rotate(float* x, int heads, int position, const std::vector<float>& norm);
+    void rope_angles(int position, int n);
+    void rotate(float* x, int heads, int index, const std::vector<float>& norm);
+    uint64_t layer_bytes(const Layer& layer) const;
     void embed(int32_t token, float* out);
-    void logits_of(const float* x, int m, float* out);
+    uint64_t logits_of(const float* x, int m, float* out);
 
     const Kernels& k_;
     std::unique_ptr<Pool> pool_;

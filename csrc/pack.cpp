@@ -93,15 +93,16 @@ void pack_row(Type type, const uint8_t* src, int cols, uint8_t* dst) {
     pack_codes(type, codes.data(), cols, dst);
 }
 
-void pack_down_group(Type type, const uint8_t* src, int width, int count, int group, uint8_t* records, size_t stride,
-                     uint8_t* scales) {
+void pack_down_group(Type type, const uint8_t* src, int width, int count, int group, uint8_t* records,
+                     size_t stride, uint8_t* scales) {
     const int j0 = group * kGroup, n = std::min(kGroup, count - j0);
     const size_t src_row = file_row_bytes(type, count);
     if (!quantized(type)) {
         const size_t b = float_bytes(type);
         for (int j = 0; j < n; j++) {
             uint8_t* dst = records + size_t(j) * stride;
-            for (int i = 0; i < width; i++) std::memcpy(dst + size_t(i) * b, src + size_t(i) * src_row + size_t(j0 + j) * b, b);
+            for (int i = 0; i < width; i++)
+                std::memcpy(dst + size_t(i) * b, src + size_t(i) * src_row + size_t(j0 + j) * b, b);
             std::memset(dst + size_t(width) * b, 0, code_bytes(type, width) - size_t(width) * b);
         }
         return;
@@ -116,7 +117,8 @@ void pack_down_group(Type type, const uint8_t* src, int width, int count, int gr
         if (has_min(type)) std::memcpy(scales + (padded + size_t(i)) * 2, &block.min, 2);
         for (int j = 0; j < kGroup; j++) codes[size_t(j) * padded + size_t(i)] = block.codes[j];
     }
-    for (int j = 0; j < n; j++) pack_codes(type, &codes[size_t(j) * padded], width, records + size_t(j) * stride);
+    for (int j = 0; j < n; j++)
+        pack_codes(type, &codes[size_t(j) * padded], width, records + size_t(j) * stride);
 }
 
 }  // namespace prosparse

@@ -10,7 +10,7 @@ size_t file_row_bytes(Type type, int cols);
 void pack_row(Type type, const uint8_t* src, int cols, uint8_t* dst);
 // Neurons [32 group, 32 group + 32) of the file's down matrix [width][count], transposed: codes go to
 // records (down_offset already added, `stride` bytes apart), scales and minima to `scales`.
-void pack_down_group(Type type, const uint8_t* src, int width, int count, int group, uint8_t* records, size_t stride,
-                     uint8_t* scales);
+void pack_down_group(Type type, const uint8_t* src, int width, int count, int group, uint8_t* records,
+                     size_t stride, uint8_t* scales);
 
 }  // namespace prosparse

@@ -1,9 +1,9 @@
 // A fork-join thread pool for jobs of microseconds.
 //
-// run() publishes a job of n items; awake workers and the caller claim items one by one, and the caller waits only
-// for items somebody claimed. A worker the kernel has descheduled between jobs therefore delays nothing. Waiting
-// spins briefly (the next job is usually microseconds away), then parks: giving the core up is what lets the
-// kernel move a preempted worker onto it when another process holds the other core.
+// run() publishes a job of n items; awake workers and the caller claim items one by one, and the caller waits
+// only for items somebody claimed. A worker the kernel has descheduled between jobs therefore delays nothing.
+// Waiting spins briefly (the next job is usually microseconds away), then parks: giving the core up is what
+// lets the kernel move a preempted worker onto it when another process holds the other core.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -26,8 +26,12 @@ class Pool {
     // fn(item, thread) for every item in [0, n_items); returns when all are done.
     template <class Fn>
     void run(int n_items, Fn&& fn) {
-        run_job(n_items, [](void* ctx, int item, int thread) { (*static_cast<std::remove_reference_t<Fn>*>(ctx))(item, thread); },
-                const_cast<void*>(static_cast<const void*>(&fn)));
+        run_job(
+            n_items,
+            [](void* ctx, int item, int thread) {
+                (*static_cast<std::remove_reference_t<Fn>*>(ctx))(item, thread);
+            },
+            const_cast<void*>(static_cast<const void*>(&fn)));
     }
 
   private:

@@ -7,8 +7,9 @@
 
 namespace prosparse {
 
-inline constexpr int kBatch = 256;    // tokens a prefill step takes through the layers together
-inline constexpr int kSegments = 16;  // exact FFN: parts with a partial sum of their own, whatever the thread count
+inline constexpr int kBatch = 256;  // tokens a prefill step takes through the layers together
+inline constexpr int kSegments =
+    16;  // exact FFN: parts with a partial sum of their own, whatever the thread count
 
 // Activations and the arrays they are quantised into.
 struct ActBuffer {
@@ -25,7 +26,13 @@ struct ActBuffer {
     }
     // values [at, at + n) as activations of their own; `at` is a multiple of 64
     Acts slice(int at, int n) const {
-        return {n, acts.f + at, acts.q + at, acts.hi + at, acts.lo + at, acts.scale + at / 32, acts.sum + at / 32};
+        return {n,
+                acts.f + at,
+                acts.q + at,
+                acts.hi + at,
+                acts.lo + at,
+                acts.scale + at / 32,
+                acts.sum + at / 32};
     }
 };
 
@@ -71,8 +78,9 @@ struct Model::Workspace {
     }
 
     std::vector<float> x, q, k, v, up, partial;
+    std::vector<float> cos, sin;  // [tokens of this call][head_dim / 2]
     ActBuffer in, attn, hidden;
-    std::vector<uint64_t> active;  // per item of an FFN job
+    std::vector<uint64_t> active;                   // per item of an FFN job
     std::vector<std::vector<float>> scores, heads;  // per thread
     // prefill: one row per token, leading dimensions padded to whole gemm panels
     int ldq = 0, ldkv = 0, ldff = 0, ldd = 0;

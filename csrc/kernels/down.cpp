@@ -48,8 +48,8 @@ struct GroupInts {
 // Bytes of four rows are interleaved so that one VNNI instruction adds four neurons to each column;
 // q = 128 * hi + lo.
 template <Type T>
-static inline void down_quantized(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
-                                  float* y) {
+static inline void down_quantized(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales,
+                                  int width, float* y) {
     const int chunks = round_up(width, 64) / 64;
     const GroupInts g(rows, x, n);
     alignas(4) int8_t hi[kGroup], lo[kGroup];
@@ -106,8 +106,8 @@ static inline void down_quantized(const uint8_t* const* rows, const float* x, in
 #elif defined(PS_AVX2)
 // Codes of two rows are paired as int16, so one multiply-add serves two neurons of each column.
 template <Type T>
-static inline void down_quantized(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
-                                  float* y) {
+static inline void down_quantized(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales,
+                                  int width, float* y) {
     const int chunks = round_up(width, 64) / 64;
     const GroupInts g(rows, x, n);
     const uint16_t *ds = (const uint16_t*)scales, *ms = ds + chunks * 64;
@@ -132,16 +132,19 @@ static inline void down_quantized(const uint8_t* const* rows, const float* x, in
             const int col = b * 32 + k * 8;
             __m256 sum = _mm256_loadu_ps(y + col);
             if constexpr (has_min(T))
-                sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(ms + col))), min_factor, sum);
-            const __m256 d = _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(ds + col))), scale);
-            _mm256_storeu_ps(y + col, _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(_mm256_sub_epi32(v[k], offset)), sum));
+                sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(ms + col))),
+                                      min_factor, sum);
+            const __m256 d =
+                _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(ds + col))), scale);
+            _mm256_storeu_ps(y + col,
+                             _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(_mm256_sub_epi32(v[k], offset)), sum));
         }
     }
 }
 #else
 template <Type T>
-static inline void down_quantized(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
-                                  float* y) {
+static inline void down_quantized(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales,
+                                  int width, float* y) {
     const uint16_t *ds = (const uint16_t*)scales, *ms = ds + round_up(width, 64);
     float total = 0;
     for (int j = 0; j < n; j++) total += x[j];
@@ -156,13 +159,16 @@ static inline void down_quantized(const uint8_t* const* rows, const float* x, in
 #endif
 
 template <Type T>
-static inline void down_rows(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
-                             float* y) {
-    if constexpr (quantized(T)) down_quantized<T>(rows, x, n, scales, width, y);
-    else down_float<T>(rows, x, n, width, y);
+static inline void down_rows(const uint8_t* const* rows, const float* x, int n, const uint8_t* scales,
+                             int width, float* y) {
+    if constexpr (quantized(T))
+        down_quantized<T>(rows, x, n, scales, width, y);
+    else
+        down_float<T>(rows, x, n, width, y);
 }
 
-void down(Type type, const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width, float* y) {
+void down(Type type, const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
+          float* y) {
     if (n == 0) return;
 #define PS_CALL(T) down_rows<T>(rows, x, n, scales, width, y)
     PS_BY_TYPE(type, PS_CALL)

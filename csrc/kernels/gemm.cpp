@@ -1,34 +1,29 @@
 // Prefill: C[m][n] = sum_k A[m][k] W[n][k] for many tokens m. A panel of W (3 vectors of outputs, 256 inputs)
-// is dequantised once into an L1-resident tile and met by all tokens, so its cost fades with m.
-// Tiles are f32 for f32 weights, bf16 pairs under AVX512-BF16 for the others (vdpbf16ps, f32 accumulation).
-// A: tokens in tiles of kMR, row-major inside, padded with zero rows. The order of additions depends on
-// neither the number of tokens nor of threads.
-#include "simd.h"
-#include "units.h"
+// is unpacked once into an L1-resident tile and met by all tokens, so its cost fades with m.
+// Quantised weights stay integers where VNNI is there (gemm_int8.cpp). Other tiles are f32, but bf16 pairs
+// for bf16 weights under AVX512-BF16 (vdpbf16ps, f32 accumulation). A: tokens in tiles of kMR, row-major
+// inside, padded with zero rows. The order of additions depends on neither the number of tokens nor of
+// threads.
+#include "gemm.h"
 
 namespace prosparse {
 namespace PS_NS {
-
-#if defined(PS_AVX512) || defined(__aarch64__)
-constexpr int kMR = 8;  // 24 of 32 registers accumulate
-#else
-constexpr int kMR = 4;  // 12 of 16
-#endif
-constexpr int kNR = 3 * W;
-constexpr int kKB = 256;
 
 const int kPanel = kNR;
 const int kTokenTile = kMR;
 
 #if defined(PS_AVX512)
-constexpr bool use_bf16(Type t) { return t != Type::f32; }
+constexpr bool use_bf16(Type t) { return t == Type::bf16; }
+constexpr bool use_int8(Type t) { return quantized(t); }
 #else
 constexpr bool use_bf16(Type) { return false; }
+constexpr bool use_int8(Type) { return false; }
 #endif
 
 static inline int padded_k(int k) { return round_up(k, 2); }
 
 size_t gemm_a_bytes(Type type, int m, int k) {
+    if (use_int8(type)) return int8_a_bytes(m, k);
     return size_t(round_up(m, kMR)) * size_t(padded_k(k)) * (use_bf16(type) ? 2 : 4);
 }
 size_t gemm_scratch_bytes() { return size_t(kNR) * kKB * 4; }
@@ -40,6 +35,7 @@ static inline uint16_t to_bf16(float x) {
 }
 
 void gemm_pack_a(Type type, const float* x, int m, int k, int ldx, void* a) {
+    if (use_int8(type)) return int8_pack_a(type, x, m, k, ldx, a);
     const int kp = padded_k(k);
     for (int i = 0; i < round_up(m, kMR); i++) {
         const float* row = x + size_t(i) * size_t(ldx);
@@ -56,7 +52,8 @@ void gemm_pack_a(Type type, const float* x, int m, int k, int ldx, void* a) {
 }
 
 // c[kMR][kNR] += a . tile over kb inputs
-static inline void micro_f32(const float* a, int lda, const float* tile, int kb, float* c, int ldc, bool first) {
+static inline void micro_f32(const float* a, int lda, const float* tile, int kb, float* c, int ldc,
+                             bool first) {
     vf acc[kMR][3];
     for (int i = 0; i < kMR; i++)
         for (int v = 0; v < 3; v++) acc[i][v] = first ? vf{} : load(c + size_t(i) * size_t(ldc) + v * W);
@@ -85,7 +82,8 @@ static inline void micro_bf16(const uint16_t* a, int lda, const uint32_t* tile, 
         for (int i = 0; i < kMR; i++) {
             int32_t s;
             memcpy(&s, a + size_t(i) * size_t(lda) + size_t(p) * 2, 4);
-            for (int v = 0; v < 3; v++) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], (__m512bh)_mm512_set1_epi32(s), b[v]);
+            for (int v = 0; v < 3; v++)
+                acc[i][v] = _mm512_dpbf16_ps(acc[i][v], (__m512bh)_mm512_set1_epi32(s), b[v]);
         }
     }
     for (int i = 0; i < kMR; i++)
@@ -94,7 +92,8 @@ static inline void micro_bf16(const uint16_t* a, int lda, const uint32_t* tile, 
 #endif
 
 // Every token against one tile; `c` starts at the panel's first column.
-static void multiply_tile(const void* a, int m, int k, int k0, int kb, const void* tile, bool bf16, float* c, int ldc) {
+static void multiply_tile(const void* a, int m, int k, int k0, int kb, const void* tile, bool bf16, float* c,
+                          int ldc) {
     const int kp = padded_k(k);
     for (int i = 0; i < m; i += kMR) {
         const size_t at = size_t(i) * size_t(kp) + size_t(k0);
@@ -111,60 +110,6 @@ static void multiply_tile(const void* a, int m, int k, int k0, int kb, const voi
     }
 }
 
-// In place, r[i][j] <-> r[j][i].
-static inline void transpose(vf r[W]) {
-#if defined(PS_AVX512)
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32((__m512i)r[i], (__m512i)r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32((__m512i)r[i], (__m512i)r[i + 1]);
-    }
-    __m512i u[16];
-    for (int i = 0; i < 16; i += 4) {
-        u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(u[i], u[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(u[i], u[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = (vf)_mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = (vf)_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = (vf)_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = (vf)_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-#elif defined(PS_AVX2)
-    __m256 t[8], u[8];
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_ps((__m256)r[i], (__m256)r[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps((__m256)r[i], (__m256)r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = (vf)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-        r[i + 4] = (vf)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-    }
-#else
-    for (int i = 0; i < W; i++) {
-        for (int j = 0; j < i; j++) {
-            const float x = r[i][j];
-            r[i][j] = r[j][i];
-            r[j][i] = x;
-        }
-    }
-#endif
-}
-
 // Inputs k0..k0+kb of outputs n0..n0+kNR, dequantised and transposed into tile order; k0 is a multiple of 32.
 template <Type T>
 static void fetch_tile(const Matrix* w, int n0, int k0, int kb, void* tile) {
@@ -178,7 +123,8 @@ static void fetch_tile(const Matrix* w, int n0, int k0, int kb, void* tile) {
                 for (int i = 0; i < W; i++) {
                     d[i] = m[i] = 0;
                     if (!row[i]) continue;
-                    const uint16_t* scales = (const uint16_t*)(row[i] + code_bytes(T, w->cols)) + (k0 + k) / 32;
+                    const uint16_t* scales =
+                        (const uint16_t*)(row[i] + code_bytes(T, w->cols)) + (k0 + k) / 32;
                     d[i] = half_float(scales[0]);
                     m[i] = has_min(T) ? half_float(scales[blocks]) : -float(code_offset(T)) * d[i];
                 }
@@ -212,6 +158,7 @@ static void fetch_tile(const Matrix* w, int n0, int k0, int kb, void* tile) {
 }
 
 void gemm(const Matrix* w, int panel, const void* a, int m, float* c, int ldc, void* tile) {
+    if (use_int8(w->type)) return int8_gemm(w, panel, a, m, c, ldc, tile);
     for (int k0 = 0; k0 < w->cols; k0 += kKB) {
         const int kb = w->cols - k0 < kKB ? w->cols - k0 : kKB;
 #define PS_CALL(T) fetch_tile<T>(w, panel * kNR, k0, kb, tile)
@@ -229,7 +176,8 @@ static inline vf neuron_columns(const Neurons* w, int j, int c) {
     if constexpr (quantized(T)) {
         const uint16_t* scales = (const uint16_t*)w->group_scales(j / kGroup);
         const vf d = load_half(scales + c);
-        x = has_min(T) ? x * d + load_half(scales + round_up(w->width, 64) + c) : (x - float(code_offset(T))) * d;
+        x = has_min(T) ? x * d + load_half(scales + round_up(w->width, 64) + c)
+                       : (x - float(code_offset(T))) * d;
     }
     return x;
 }
@@ -241,10 +189,12 @@ static void fetch_neurons(const Neurons* w, int c0, int j0, int kb, void* tile) 
 #if defined(PS_AVX512)
         if constexpr (use_bf16(T)) {  // pairs of neurons side by side in each column
             for (int j = 0; j < kb; j += 2) {
-                const vf x = neuron_columns<T>(w, j0 + j, c0 + v), y = neuron_columns<T>(w, j0 + j + 1, c0 + v);
+                const vf x = neuron_columns<T>(w, j0 + j, c0 + v),
+                         y = neuron_columns<T>(w, j0 + j + 1, c0 + v);
                 const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
                 const __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)y));
-                _mm512_storeu_si512((uint32_t*)tile + j / 2 * kNR + v, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+                _mm512_storeu_si512((uint32_t*)tile + j / 2 * kNR + v,
+                                    _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
             }
             continue;
         }
@@ -254,6 +204,7 @@ static void fetch_neurons(const Neurons* w, int c0, int j0, int kb, void* tile) 
 }
 
 void gemm_down(const Neurons* w, int panel, const void* a, int m, float* c, int ldc, void* tile) {
+    if (use_int8(w->down_type)) return int8_gemm_down(w, panel, a, m, c, ldc, tile);
     for (int j0 = 0; j0 < w->count; j0 += kKB) {
         const int kb = w->count - j0 < kKB ? w->count - j0 : kKB;
 #define PS_CALL(T) fetch_neurons<T>(w, panel * kNR, j0, kb, tile)

@@ -15,9 +15,9 @@ constexpr bool has_min(Type t) { return t == Type::q5_1 || t == Type::q4_1; }
 constexpr int code_offset(Type t) { return t == Type::q8_0 ? 128 : t == Type::q4_0 ? 8 : 0; }
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// Codes of one row; float rows are zero-padded to 16 columns. Quantised columns come in chunks of 64 (two quantisation blocks): q8_0 holds 64 bytes
-// (code + 128); the others 32 bytes whose low nibbles are the first block and high nibbles the second;
-// q5_1 adds, after all nibbles, 8 bytes a chunk with the fifth bits.
+// Codes of one row; float rows are zero-padded to 16 columns. Quantised columns come in chunks of 64 (two
+// quantisation blocks): q8_0 holds 64 bytes (code + 128); the others 32 bytes whose low nibbles are the first
+// block and high nibbles the second; q5_1 adds, after all nibbles, 8 bytes a chunk with the fifth bits.
 constexpr size_t code_bytes(Type t, int cols) {
     size_t chunks = size_t(round_up(cols, 64)) / 64;
     switch (t) {
@@ -36,7 +36,7 @@ constexpr int scale_blocks(int cols) { return round_up(cols, 64) / 32; }
 constexpr size_t row_bytes(Type t, int cols) {
     size_t n = code_bytes(t, cols);
     if (quantized(t)) n += size_t(scale_blocks(cols)) * (has_min(t) ? 4 : 2);
-    return (n + 15) / 16 * 16;
+    return (n + 31) / 32 * 32;  // a vector load at 16 bytes would straddle cache lines
 }
 
 // Row-major weights: row r holds the inputs of output r.
@@ -73,7 +73,7 @@ struct Neurons {
 // columns of a block before the odd ones; the others as plain int16.
 struct Acts {
     int n;
-    float* f;
+    float* f;  // `quantize` leaves it out where it is null
     int16_t* q;
     int8_t *hi, *lo;
     float* scale;  // per block
@@ -102,16 +102,15 @@ struct Kernels {
     float (*dot)(Type type, const uint8_t* row, int cols, const Acts* x);
     void (*dequantize)(Type type, const uint8_t* row, int cols, float* out);
     // y += sum_j x[j] * down_row[j], n <= 32 rows of one group
-    void (*down)(Type type, const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
-                 float* y);
+    void (*down)(Type type, const uint8_t* const* rows, const float* x, int n, const uint8_t* scales,
+                 int width, float* y);
 
     // C[m][c0..c0+panel) = A[m][:] . W for output columns c0 = panel index * panel: see gemm.cpp
     size_t (*gemm_a_bytes)(Type type, int m, int k);
     size_t (*gemm_scratch_bytes)();
     void (*gemm_pack_a)(Type type, const float* x, int m, int k, int ldx, void* a);
     void (*gemm)(const Matrix* w, int panel, const void* a, int m, float* c, int ldc, void* tile);
-    void (*gemm_down)(const Neurons* w, int panel, const void* a, int m, float* c, int ldc,
-                      void* tile);
+    void (*gemm_down)(const Neurons* w, int panel, const void* a, int m, float* c, int ldc, void* tile);
 
     void (*attend)(const AttendArgs* a);
     void (*rmsnorm)(const float* x, const float* weight, int n, float eps, float* out);

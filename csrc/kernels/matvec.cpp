@@ -18,7 +18,8 @@ static inline float dot_float(const uint8_t* row, int cols, const Acts* x) {
     int i = 0;
     for (; i + 64 <= cols; i += 64)
         for (int k = 0; k < K; k++) acc[k] += load_raw<T>(row, cols, i + k * W) * load(x->f + i + k * W);
-    for (int k = 0; i + k * W < cols; k++) acc[k] += load_raw<T>(row, cols, i + k * W) * load(x->f + i + k * W);
+    for (int k = 0; i + k * W < cols; k++)
+        acc[k] += load_raw<T>(row, cols, i + k * W) * load(x->f + i + k * W);
     for (int step = K / 2; step; step /= 2)
         for (int k = 0; k < step; k++) acc[k] += acc[k + step];
     return sum(acc[0]);
@@ -26,10 +27,10 @@ static inline float dot_float(const uint8_t* row, int cols, const Acts* x) {
 
 // Two kilobytes ahead in the stream: the L2 prefetcher alone leaves one core a fifth below its bandwidth.
 template <Type T>
-static inline void prefetch_row(const uint8_t* row, int block) {
-    constexpr int bytes = T == Type::q8_0 ? 32 : T == Type::q5_1 ? 20 : 16;
+static inline void prefetch_row(const uint8_t* row, size_t block) {
+    constexpr size_t bytes = T == Type::q8_0 ? 32 : T == Type::q5_1 ? 20 : 16;
     const uint8_t* p = row + block * bytes + 2048;
-    for (int i = 0; i < bytes * 8; i += 64) __builtin_prefetch(p + i, 0, 3);
+    for (size_t i = 0; i < bytes * 8; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
 
 #if defined(PS_AVX512)
@@ -70,23 +71,45 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     return _mm512_reduce_add_ps(_mm512_fmadd_ps(corr, factor, _mm512_add_ps(acc[0], acc[1])));
 }
 #elif defined(PS_AVX2)
-// Eight lanes of 32-bit sums for block b; even and odd columns apart, as Acts::q has them.
+static inline __m256i load256(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+
+// even and odd columns of a block times its activations: eight 32-bit sums
+static inline __m256i dot_words(__m256i even, __m256i odd, const int16_t* q) {
+    return _mm256_add_epi32(_mm256_madd_epi16(even, load256(q)), _mm256_madd_epi16(odd, load256(q + 16)));
+}
+
+// The two blocks of chunk c.
 template <Type T>
-static inline __m256i dot_block(const uint8_t* row, int chunks, int b, const int16_t* q) {
-    const __m256i w = codes<T>(row, chunks, b);
-    const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
-    return _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256((const __m256i*)q)),
-                            _mm256_madd_epi16(odd, _mm256_loadu_si256((const __m256i*)(q + 16))));
+static inline void dot_chunk(const uint8_t* row, size_t chunks, size_t c, const int16_t* q, __m256i sums[2]) {
+    const __m256i low_byte = _mm256_set1_epi16(255), low_nibble = _mm256_set1_epi16(15);
+    if constexpr (T == Type::q8_0) {
+        for (int b = 0; b < 2; b++) {
+            const __m256i w = load256(row + c * 64 + b * 32);
+            sums[b] = dot_words(_mm256_and_si256(w, low_byte), _mm256_srli_epi16(w, 8), q + b * 32);
+        }
+    } else if constexpr (T == Type::q5_1) {
+        for (int b = 0; b < 2; b++) {
+            const __m256i w = codes<T>(row, int(chunks), int(2 * c) + b);
+            sums[b] = dot_words(_mm256_and_si256(w, low_byte), _mm256_srli_epi16(w, 8), q + b * 32);
+        }
+    } else {
+        const __m256i w = load256(row + c * 32);
+        sums[0] = dot_words(_mm256_and_si256(w, low_nibble),
+                            _mm256_and_si256(_mm256_srli_epi16(w, 8), low_nibble), q);
+        sums[1] = dot_words(_mm256_and_si256(_mm256_srli_epi16(w, 4), low_nibble), _mm256_srli_epi16(w, 12),
+                            q + 32);
+    }
 }
 
 template <Type T>
 static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
-    const int chunks = round_up(cols, 64) / 64, blocks = chunks * 2;
+    const size_t chunks = size_t(round_up(cols, 64)) / 64, blocks = chunks * 2;
     const uint16_t *scales = (const uint16_t*)(row + code_bytes(T, cols)), *mins = scales + blocks;
     alignas(32) static const int16_t keep[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-    __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, corr = _mm256_setzero_ps();
-    for (int b = 0; b < blocks; b += 8) {
-        const int n = blocks - b < 8 ? blocks - b : 8;
+    __m256 acc[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    __m256 corr = _mm256_setzero_ps();
+    for (size_t b = 0; b < blocks; b += 8) {
+        const size_t n = blocks - b < 8 ? blocks - b : 8;
         // what lies behind the last scale may read as NaN
         const __m128i mask = _mm_loadu_si128((const __m128i*)(keep + 8 - n));
         auto half8 = [mask](const uint16_t* p) {
@@ -96,19 +119,27 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
         const __m256 d = half8(scales + b);
         corr = _mm256_fmadd_ps(has_min(T) ? half8(mins + b) : d, _mm256_loadu_ps(x->sum + b), corr);
         const __m256 s = _mm256_mul_ps(d, _mm256_loadu_ps(x->scale + b));
+        const int16_t* q = x->q + b * 32;
         auto step = [&](int k) {
-            const __m256 v = _mm256_cvtepi32_ps(dot_block<T>(row, chunks, b + k, x->q + (b + k) * 32));
-            acc[k & 1] = _mm256_fmadd_ps(v, _mm256_permutevar8x32_ps(s, _mm256_set1_epi32(k)), acc[k & 1]);
+            __m256i v[2];
+            dot_chunk<T>(row, chunks, b / 2 + size_t(k), q + k * 64, v);
+            for (int i = 0; i < 2; i++) {
+                const __m256 scale = _mm256_permutevar8x32_ps(s, _mm256_set1_epi32(2 * k + i));
+                __m256& a = acc[2 * (k & 1) + i];
+                a = _mm256_fmadd_ps(_mm256_cvtepi32_ps(v[i]), scale, a);
+            }
         };
         if (n == 8) {
-#pragma GCC unroll 8
-            for (int k = 0; k < 8; k++) step(k);
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) step(k);
         } else {
-            for (int k = 0; k < n; k += 2) step(k), step(k + 1);
+#pragma GCC unroll 1
+            for (int k = 0; k < int(n) / 2; k++) step(k);
         }
     }
     const __m256 factor = _mm256_set1_ps(has_min(T) ? 1.0f : -float(code_offset(T)));
-    return sum((vf)_mm256_fmadd_ps(corr, factor, _mm256_add_ps(acc[0], acc[1])));
+    const __m256 a = _mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3]));
+    return sum((vf)_mm256_fmadd_ps(corr, factor, a));
 }
 #else
 // 32 unsigned codes of block b times 32 integer activations.
@@ -148,8 +179,10 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
 
 template <Type T>
 static inline float dot_row(const uint8_t* row, int cols, const Acts* x) {
-    if constexpr (quantized(T)) return dot_quantized<T>(row, cols, x);
-    else return dot_float<T>(row, cols, x);
+    if constexpr (quantized(T))
+        return dot_quantized<T>(row, cols, x);
+    else
+        return dot_float<T>(row, cols, x);
 }
 
 void matvec(const Matrix* w, int r0, int r1, const Acts* x, float* out) {

@@ -125,9 +125,7 @@ static inline vf load_half(const uint16_t* p) {
     return r;
 #endif
 }
-static inline vf load_bf16(const uint16_t* p) {
-    return (vf)(widen(p) << 16);
-}
+static inline vf load_bf16(const uint16_t* p) { return (vf)(widen(p) << 16); }
 
 static inline float sum(vf x) {
 #if defined(PS_AVX512)
@@ -161,28 +159,35 @@ static inline vf exp(vf x) {
     return p * (vf)((e + 127) << 23);
 }
 
-// W raw values of a row from column `col` (a multiple of W): floats as they are, codes unscaled.
+// W unsigned codes of a quantised row from column `col` (a multiple of W).
+template <Type T>
+static inline vi load_codes(const uint8_t* codes, int cols, int col) {
+    if constexpr (T == Type::q8_0) return widen(codes + col);
+    const int chunk = col / 64, in = col % 64;
+    vi v = widen(codes + chunk * 32 + in % 32);
+    v = (in < 32 ? v : v >> 4) & 15;
+    if constexpr (T == Type::q5_1) {
+        const uint8_t* high = codes + round_up(cols, 64) / 2 + chunk * 8;
+        uint64_t bits;
+        memcpy(&bits, high, 8);
+        vi bit;
+        for (int i = 0; i < W; i++) bit[i] = 1 << i;
+        v += ((vi{} + int(bits >> in & 0xffff)) & bit) != 0 ? vi{} + 16 : vi{};
+    }
+    return v;
+}
+
+// The same of any type: floats as they are, codes unscaled.
 template <Type T>
 static inline vf load_raw(const uint8_t* codes, int cols, int col) {
-    if constexpr (T == Type::f32) return load((const float*)codes + col);
-    if constexpr (T == Type::f16) return load_half((const uint16_t*)codes + col);
-    if constexpr (T == Type::bf16) return load_bf16((const uint16_t*)codes + col);
-    if constexpr (T == Type::q8_0) return __builtin_convertvector(widen(codes + col), vf);
-    if constexpr (quantized(T) && T != Type::q8_0) {
-        int chunk = col / 64, in = col % 64;
-        vi v = widen(codes + chunk * 32 + in % 32);
-        v = (in < 32 ? v : v >> 4) & 15;
-        if constexpr (T == Type::q5_1) {
-            const uint8_t* high = codes + round_up(cols, 64) / 2 + chunk * 8;
-            uint64_t bits;
-            memcpy(&bits, high, 8);
-            vi bit;
-            for (int i = 0; i < W; i++) bit[i] = 1 << i;
-            v += ((vi{} + int(bits >> in & 0xffff)) & bit) != 0 ? vi{} + 16 : vi{};
-        }
-        return __builtin_convertvector(v, vf);
-    }
-    __builtin_unreachable();
+    if constexpr (T == Type::f32)
+        return load((const float*)codes + col);
+    else if constexpr (T == Type::f16)
+        return load_half((const uint16_t*)codes + col);
+    else if constexpr (T == Type::bf16)
+        return load_bf16((const uint16_t*)codes + col);
+    else
+        return __builtin_convertvector(load_codes<T>(codes, cols, col), vf);
 }
 
 #if defined(PS_AVX512)
@@ -213,7 +218,8 @@ static inline __m256i codes(const uint8_t* row, int chunks, int b) {
     if constexpr (T == Type::q5_1) {
         int32_t bits;
         memcpy(&bits, row + chunks * 32 + b * 4, 4);
-        const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+        const __m256i byte =
+            _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
         const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
         __m256i h = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);
         v = _mm256_or_si256(v, _mm256_and_si256(_mm256_cmpeq_epi8(h, bit), _mm256_set1_epi8(16)));
@@ -223,15 +229,15 @@ static inline __m256i codes(const uint8_t* row, int chunks, int b) {
 #endif
 
 // CALL(T) with the run-time type as a constant.
-#define PS_BY_TYPE(type, CALL)                                \
-    switch (type) {                                           \
-        case Type::f32: CALL(Type::f32); break;               \
-        case Type::f16: CALL(Type::f16); break;               \
-        case Type::bf16: CALL(Type::bf16); break;             \
-        case Type::q8_0: CALL(Type::q8_0); break;             \
-        case Type::q5_1: CALL(Type::q5_1); break;             \
-        case Type::q4_0: CALL(Type::q4_0); break;             \
-        case Type::q4_1: CALL(Type::q4_1); break;             \
+#define PS_BY_TYPE(type, CALL)                    \
+    switch (type) {                               \
+        case Type::f32: CALL(Type::f32); break;   \
+        case Type::f16: CALL(Type::f16); break;   \
+        case Type::bf16: CALL(Type::bf16); break; \
+        case Type::q8_0: CALL(Type::q8_0); break; \
+        case Type::q5_1: CALL(Type::q5_1); break; \
+        case Type::q4_0: CALL(Type::q4_0); break; \
+        case Type::q4_1: CALL(Type::q4_1); break; \
     }
 
 }  // namespace PS_NS

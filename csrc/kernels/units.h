@@ -9,7 +9,8 @@ void quantize(const float* x, int n, Acts* out);
 void matvec(const Matrix* w, int r0, int r1, const Acts* x, float* out);
 float dot(Type type, const uint8_t* row, int cols, const Acts* x);
 void dequantize(Type type, const uint8_t* row, int cols, float* out);
-void down(Type type, const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width, float* y);
+void down(Type type, const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
+          float* y);
 size_t gemm_a_bytes(Type type, int m, int k);
 size_t gemm_scratch_bytes();
 void gemm_pack_a(Type type, const float* x, int m, int k, int ldx, void* a);

@@ -67,10 +67,12 @@ void to_half(const float* x, int n, uint16_t* out) {
     int i = 0;
 #if defined(PS_AVX512)
     for (; i + 16 <= n; i += 16)
-        _mm256_storeu_si256((__m256i*)(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+        _mm256_storeu_si256((__m256i*)(out + i),
+                            _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(PS_AVX2)
     for (; i + 8 <= n; i += 8)
-        _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128((__m128i*)(out + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
     for (; i < n; i++) out[i] = float_half(x[i]);
 }
@@ -79,10 +81,11 @@ void quantize(const float* x, int n, Acts* out) {
     constexpr int kMax = 127 * 128;
     const int padded = round_up(n, 64);
     out->n = n;
-    if (out->f != x) memcpy(out->f, x, size_t(n) * 4);
-    memset(out->f + n, 0, size_t(padded - n) * 4);
     for (int b = 0; b < padded / 32; b++) {
-        const float* v = out->f + b * 32;
+        float v[32] = {};
+        const int left = n - b * 32;
+        if (left > 0) memcpy(v, x + b * 32, size_t(left < 32 ? left : 32) * 4);
+        if (out->f) memcpy(out->f + b * 32, v, sizeof v);
         int32_t top = 0;  // magnitudes compare as integers, which vectorises where float max does not
         for (int k = 0; k < 32; k++) {
             int32_t mag = int32_t(float_bits(v[k]) & 0x7fffffff);

@@ -19,7 +19,7 @@ def bandwidth(n_threads: int, megabytes: int = 512) -> float:
     """Measured read bandwidth of memory in GB/s."""
 
 class Model:
-    """Packed weights of one model. `config` is the flat dict of `engine.core_config`; `mode` exact or dense."""
+    """Packed weights of one model. `config`: the dict of `backend.core_config`; `mode`: exact or dense."""
 
     mode: str
     skipping: bool
@@ -29,13 +29,13 @@ class Model:
     def set_tensor(
         self, name: str, type: str, shape: Sequence[int], data: NDArray[np.uint8], mapped: bool = False
     ) -> None:
-        """Packs (copies) one weight. `mapped`: `data` is a read-only file mapping whose pages may be dropped."""
+        """Packs (copies) one weight. `mapped`: `data` is a file mapping whose pages may be dropped."""
 
     def finish(self) -> None: ...
     def forward(
         self, cache: Cache, tokens: NDArray[np.int32], all_logits: bool = False
     ) -> NDArray[np.float32]:
-        """Appends tokens to the cache; logits [n or 1, vocab]. Releases the GIL; Ctrl-C stops it between layers."""
+        """Appends tokens to the cache; logits [n or 1, vocab]. Ctrl-C stops it between layers."""
 
     def stats(self) -> dict[str, int]: ...
     def reset_stats(self) -> None: ...
