@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "model.h"
 
@@ -10,6 +11,16 @@ namespace prosparse {
 inline constexpr int kBatch = 256;  // tokens a prefill step takes through the layers together
 inline constexpr int kSegments =
     16;  // exact FFN: parts with a partial sum of their own, whatever the thread count
+
+// Rows of products start on cache lines, so that threads working on neighbouring columns never share one.
+template <class T>
+struct LineAligned {
+    using value_type = T;
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+    bool operator==(const LineAligned&) const = default;
+};
+using Batch = std::vector<float, LineAligned<float>>;
 
 // Activations and the arrays they are quantised into.
 struct ActBuffer {
@@ -84,7 +95,7 @@ struct Model::Workspace {
     std::vector<std::vector<float>> scores, heads;  // per thread
     // prefill: one row per token, leading dimensions padded to whole gemm panels
     int ldq = 0, ldkv = 0, ldff = 0, ldd = 0;
-    std::vector<float> bx, bnorm, bq, bk, bv, battn, bgate, bup, bout, blogits;
+    Batch bx, bnorm, bq, bk, bv, battn, bgate, bup, bout, blogits;
     std::vector<uint8_t> packed_a;
     std::vector<std::vector<uint8_t>> scratch;  // per thread
 };

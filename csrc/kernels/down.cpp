@@ -60,31 +60,29 @@ static inline void down_quantized(const uint8_t* const* rows, const float* x, in
     const uint16_t *ds = (const uint16_t*)scales, *ms = ds + round_up(width, 64);
     const __m512 vscale = _mm512_set1_ps(g.scale);
     // in code units: what the offset of all codes adds; with minima: the sum of x
-    const __m512i offset = _mm512_set1_epi32(code_offset(T) * g.sum);
+    const int32_t offset = code_offset(T) * g.sum;
     const __m512 min_factor = _mm512_set1_ps(g.scale * float(g.sum));
 
     for (int c = 0; c < chunks; c++) {
-        __m512i h[4], l[4];
-        for (int k = 0; k < 4; k++) h[k] = l[k] = _mm512_setzero_si512();
+        vi h[4] = {}, l[4] = {};  // as __m512i, GCC 12 would copy each through the stack
         for (int j = 0; j < n; j += 4) {
-            __m512i a = codes<T>(g.rows[j], chunks, c), b = codes<T>(g.rows[j + 1], chunks, c);
-            __m512i d = codes<T>(g.rows[j + 2], chunks, c), e = codes<T>(g.rows[j + 3], chunks, c);
-            __m512i ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
-            __m512i de0 = _mm512_unpacklo_epi8(d, e), de1 = _mm512_unpackhi_epi8(d, e);
-            __m512i w[4] = {_mm512_unpacklo_epi16(ab0, de0), _mm512_unpackhi_epi16(ab0, de0),
-                            _mm512_unpacklo_epi16(ab1, de1), _mm512_unpackhi_epi16(ab1, de1)};
+            const __m512i a = codes<T>(g.rows[j], chunks, c), b = codes<T>(g.rows[j + 1], chunks, c);
+            const __m512i d = codes<T>(g.rows[j + 2], chunks, c), e = codes<T>(g.rows[j + 3], chunks, c);
+            const __m512i ab[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
+            const __m512i de[2] = {_mm512_unpacklo_epi8(d, e), _mm512_unpackhi_epi8(d, e)};
             int32_t xh, xl;
             memcpy(&xh, hi + j, 4);
             memcpy(&xl, lo + j, 4);
-            __m512i vh = _mm512_set1_epi32(xh), vl = _mm512_set1_epi32(xl);
-            for (int k = 0; k < 4; k++) {
-                h[k] = _mm512_dpbusd_epi32(h[k], w[k], vh);
-                l[k] = _mm512_dpbusd_epi32(l[k], w[k], vl);
-            }
+            const __m512i vh = _mm512_set1_epi32(xh), vl = _mm512_set1_epi32(xl);
+            unroll<4>([&](auto k) {
+                const __m512i w = k & 1 ? _mm512_unpackhi_epi16(ab[k / 2], de[k / 2])
+                                        : _mm512_unpacklo_epi16(ab[k / 2], de[k / 2]);
+                h[k] = (vi)_mm512_dpbusd_epi32((__m512i)h[k], w, vh);
+                l[k] = (vi)_mm512_dpbusd_epi32((__m512i)l[k], w, vl);
+            });
         }
         __m512i t[4];
-        for (int k = 0; k < 4; k++)
-            t[k] = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(h[k], 7), l[k]), offset);
+        unroll<4>([&](auto k) { t[k] = (__m512i)((h[k] << 7) + l[k] - offset); });
         // unpacking worked within 128-bit lanes: t[k] lane i holds columns 16 i + 4 k; transpose the lanes
         __m512i s0 = _mm512_shuffle_i32x4(t[0], t[1], 0x88), s1 = _mm512_shuffle_i32x4(t[2], t[3], 0x88);
         __m512i s2 = _mm512_shuffle_i32x4(t[0], t[1], 0xdd), s3 = _mm512_shuffle_i32x4(t[2], t[3], 0xdd);

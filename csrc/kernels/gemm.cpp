@@ -55,39 +55,43 @@ void gemm_pack_a(Type type, const float* x, int m, int k, int ldx, void* a) {
 static inline void micro_f32(const float* a, int lda, const float* tile, int kb, float* c, int ldc,
                              bool first) {
     vf acc[kMR][3];
-    for (int i = 0; i < kMR; i++)
-        for (int v = 0; v < 3; v++) acc[i][v] = first ? vf{} : load(c + size_t(i) * size_t(ldc) + v * W);
+    unroll<kMR>([&](auto i) {
+        unroll<3>([&](auto v) { acc[i][v] = first ? vf{} : load(c + size_t(i) * size_t(ldc) + v * W); });
+    });
     for (int k = 0; k < kb; k++) {
         vf b[3];
-        for (int v = 0; v < 3; v++) b[v] = load(tile + k * kNR + v * W);
-        for (int i = 0; i < kMR; i++) {
-            vf s = set1(a[size_t(i) * size_t(lda) + size_t(k)]);
-            for (int v = 0; v < 3; v++) acc[i][v] += s * b[v];
-        }
+        unroll<3>([&](auto v) { b[v] = load(tile + k * kNR + v * W); });
+        unroll<kMR>([&](auto i) {
+            const vf s = set1(a[size_t(i) * size_t(lda) + size_t(k)]);
+            unroll<3>([&](auto v) { acc[i][v] += s * b[v]; });
+        });
     }
-    for (int i = 0; i < kMR; i++)
-        for (int v = 0; v < 3; v++) store(c + size_t(i) * size_t(ldc) + v * W, acc[i][v]);
+    unroll<kMR>(
+        [&](auto i) { unroll<3>([&](auto v) { store(c + size_t(i) * size_t(ldc) + v * W, acc[i][v]); }); });
 }
 
 #if defined(PS_AVX512)
 static inline void micro_bf16(const uint16_t* a, int lda, const uint32_t* tile, int pairs, float* c, int ldc,
                               bool first) {
     __m512 acc[kMR][3];
-    for (int i = 0; i < kMR; i++)
-        for (int v = 0; v < 3; v++)
+    unroll<kMR>([&](auto i) {
+        unroll<3>([&](auto v) {
             acc[i][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + size_t(i) * size_t(ldc) + v * W);
+        });
+    });
     for (int p = 0; p < pairs; p++) {
         __m512bh b[3];
-        for (int v = 0; v < 3; v++) b[v] = (__m512bh)_mm512_loadu_si512(tile + p * kNR + v * W);
-        for (int i = 0; i < kMR; i++) {
-            int32_t s;
-            memcpy(&s, a + size_t(i) * size_t(lda) + size_t(p) * 2, 4);
-            for (int v = 0; v < 3; v++)
-                acc[i][v] = _mm512_dpbf16_ps(acc[i][v], (__m512bh)_mm512_set1_epi32(s), b[v]);
-        }
+        unroll<3>([&](auto v) { b[v] = (__m512bh)_mm512_loadu_si512(tile + p * kNR + v * W); });
+        unroll<kMR>([&](auto i) {
+            int32_t pair;
+            memcpy(&pair, a + size_t(i) * size_t(lda) + size_t(p) * 2, 4);
+            const __m512bh s = (__m512bh)_mm512_set1_epi32(pair);
+            unroll<3>([&](auto v) { acc[i][v] = _mm512_dpbf16_ps(acc[i][v], s, b[v]); });
+        });
     }
-    for (int i = 0; i < kMR; i++)
-        for (int v = 0; v < 3; v++) _mm512_storeu_ps(c + size_t(i) * size_t(ldc) + v * W, acc[i][v]);
+    unroll<kMR>([&](auto i) {
+        unroll<3>([&](auto v) { _mm512_storeu_ps(c + size_t(i) * size_t(ldc) + v * W, acc[i][v]); });
+    });
 }
 #endif
 

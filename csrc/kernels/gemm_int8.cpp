@@ -7,22 +7,22 @@
 namespace prosparse {
 namespace PS_NS {
 
-constexpr int kTokens = 4;  // 4 tokens x 3 vectors x (hi, lo) = 24 accumulators
 constexpr int kBlocks = kKB / 32;
 
-// One token of A. The arrays lie behind each other: hi, lo, then per block the f32 scale, the f32 sum (as in
-// Acts) and the integer that takes the codes' offset out.
-struct TokenRow {
+// kMR tokens of A over k inputs: hi and lo as quads of inputs, [quad][token][4], then per block of 32 inputs
+// [block][token] the f32 scale, the f32 sum (both as in Acts) and the integer that takes the codes' offset
+// out.
+struct TokenTile {
     int padded;
     int8_t* hi;
 
-    TokenRow(const void* a, int token, int k)
-        : padded(round_up(k, 64)), hi((int8_t*)a + size_t(token) * bytes(k)) {}
-    static size_t bytes(int k) { return size_t(round_up(k, 64)) / 8 * 19; }
-    int8_t* lo() const { return hi + padded; }
-    float* scale() const { return (float*)(hi + 2 * padded); }
-    float* sum() const { return scale() + padded / 32; }
-    int32_t* offset() const { return (int32_t*)(sum() + padded / 32); }
+    TokenTile(const void* a, int tile, int k)
+        : padded(round_up(k, 64)), hi((int8_t*)a + size_t(tile) * bytes(k)) {}
+    static size_t bytes(int k) { return size_t(round_up(k, 64)) / 8 * 19 * kMR; }
+    int8_t* lo() const { return hi + padded * kMR; }
+    float* scale() const { return (float*)(lo() + padded * kMR); }
+    float* sum() const { return scale() + padded / 32 * kMR; }
+    int32_t* offset() const { return (int32_t*)(sum() + padded / 32 * kMR); }
 };
 
 // A tile of W: 256 inputs of 48 outputs.
@@ -31,75 +31,88 @@ struct Tile {
     float scale[kBlocks][kNR], min[kBlocks][kNR];
 };
 
-size_t int8_a_bytes(int m, int k) { return size_t(round_up(m, kMR)) * TokenRow::bytes(k); }
+size_t int8_a_bytes(int m, int k) { return size_t(round_up(m, kMR) / kMR) * TokenTile::bytes(k); }
 
-void int8_pack_a(Type type, const float* x, int m, int k, int ldx, void* a) {
-    for (int i = 0; i < round_up(m, kMR); i++) {
-        const TokenRow row(a, i, k);
-        if (i >= m) {
-            memset(row.hi, 0, TokenRow::bytes(k));
-            continue;
-        }
-        Acts acts{k, nullptr, nullptr, row.hi, row.lo(), row.scale(), row.sum()};
-        quantize(x + size_t(i) * size_t(ldx), k, &acts);
-        for (int b = 0; b < row.padded / 32; b++) {
-            int32_t total = 0;
-            for (int j = b * 32; j < b * 32 + 32; j++) total += row.hi[j] * 128 + row.lo()[j];
-            row.offset()[b] = -code_offset(type) * total;
-        }
+// Columns k0..k0+n of token i, n <= 256.
+static void pack_token(Type type, const float* x, int k0, int n, int i, const TokenTile& t) {
+    alignas(64) int8_t hi[256], lo[256];
+    float scale[8], sum[8];
+    Acts acts{n, nullptr, nullptr, hi, lo, scale, sum};
+    quantize(x, n, &acts);
+    for (int j = 0; j < round_up(n, 64); j += 4) {
+        memcpy(t.hi + (k0 + j) * kMR + i * 4, hi + j, 4);
+        memcpy(t.lo() + (k0 + j) * kMR + i * 4, lo + j, 4);
+    }
+    for (int b = 0; b < round_up(n, 64) / 32; b++) {
+        int32_t total = 0;
+        for (int j = b * 32; j < b * 32 + 32; j++) total += hi[j] * 128 + lo[j];
+        const int at = (k0 / 32 + b) * kMR + i;
+        t.scale()[at] = scale[b];
+        t.sum()[at] = sum[b];
+        t.offset()[at] = -code_offset(type) * total;
     }
 }
 
-// c[kTokens][kNR] += A . tile
+void int8_pack_a(Type type, const float* x, int m, int k, int ldx, void* a) {
+    for (int i = 0; i < m; i++) {
+        const TokenTile t(a, i / kMR, k);
+        if (i % kMR == 0 && m - i < kMR) memset(t.hi, 0, TokenTile::bytes(k));
+        for (int k0 = 0; k0 < k; k0 += 256)
+            pack_token(type, x + size_t(i) * size_t(ldx) + k0, k0, k - k0 < 256 ? k - k0 : 256, i % kMR, t);
+    }
+}
+
+// c[kMR][kNR] += A . tile
 template <bool HasMin>
-static inline void micro(const void* a, int k, int token, int b0, int blocks, const Tile* t, float* c,
-                         int ldc) {
-    const TokenRow rows[kTokens] = {{a, token, k}, {a, token + 1, k}, {a, token + 2, k}, {a, token + 3, k}};
+static inline void micro(const TokenTile& a, int b0, int blocks, const Tile* t, float* c, int ldc) {
+    const int8_t *hi = a.hi, *lo = a.lo();
+    const float *scales = a.scale(), *sums = a.sum();
+    const int32_t* offsets = a.offset();
     for (int b = 0; b < blocks; b++) {
-        __m512i h[kTokens][3], l[kTokens][3];
-        for (int i = 0; i < kTokens; i++)
-            for (int v = 0; v < 3; v++) {
-                h[i][v] = _mm512_setzero_si512();
-                l[i][v] = _mm512_set1_epi32(rows[i].offset()[b0 + b]);
+        const int at = (b0 + b) * kMR;
+        vi acc[kMR][3];  // as __m512i, GCC 12 would copy each through the stack
+        auto dot = [&](const int8_t* x) __attribute__((always_inline)) {
+            for (int q = 0; q < 8; q++, x += kMR * 4) {
+                __m512i w[3];
+                unroll<3>([&](auto v) { w[v] = _mm512_loadu_si512(t->codes[b * 8 + q][v * 16]); });
+                unroll<kMR>([&](auto i) {
+                    int32_t quad;
+                    memcpy(&quad, x + i * 4, 4);
+                    const __m512i x4 = _mm512_set1_epi32(quad);
+                    unroll<3>(
+                        [&](auto v) { acc[i][v] = (vi)_mm512_dpbusd_epi32((__m512i)acc[i][v], w[v], x4); });
+                });
             }
-        for (int q = 0; q < 8; q++) {
-            __m512i w[3];
-            for (int v = 0; v < 3; v++) w[v] = _mm512_loadu_si512(t->codes[b * 8 + q][v * 16]);
-            for (int i = 0; i < kTokens; i++) {
-                const size_t at = size_t(b0 + b) * 32 + size_t(q) * 4;
-                int32_t xh, xl;
-                memcpy(&xh, rows[i].hi + at, 4);
-                memcpy(&xl, rows[i].lo() + at, 4);
-                const __m512i vh = _mm512_set1_epi32(xh), vl = _mm512_set1_epi32(xl);
-                for (int v = 0; v < 3; v++) {
-                    h[i][v] = _mm512_dpbusd_epi32(h[i][v], w[v], vh);
-                    l[i][v] = _mm512_dpbusd_epi32(l[i][v], w[v], vl);
-                }
-            }
-        }
-        for (int i = 0; i < kTokens; i++) {
-            const __m512 scale = _mm512_set1_ps(rows[i].scale()[b0 + b]),
-                         sum = _mm512_set1_ps(rows[i].sum()[b0 + b]);
-            for (int v = 0; v < 3; v++) {
-                float* out = c + size_t(i) * size_t(ldc) + v * 16;
-                __m512 acc = b0 + b ? _mm512_loadu_ps(out) : _mm512_setzero_ps();
-                const __m512 x = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h[i][v], 7), l[i][v]));
-                acc = _mm512_fmadd_ps(x, _mm512_mul_ps(scale, _mm512_loadu_ps(t->scale[b] + v * 16)), acc);
-                if constexpr (HasMin) acc = _mm512_fmadd_ps(sum, _mm512_loadu_ps(t->min[b] + v * 16), acc);
-                _mm512_storeu_ps(out, acc);
-            }
-        }
+        };
+        unroll<kMR * 3>([&](auto k) { acc[k / 3][k % 3] = vi{}; });
+        dot(hi + at * 32);
+        unroll<kMR>([&](auto i) {
+            unroll<3>([&](auto v) { acc[i][v] = (acc[i][v] << 7) + (HasMin ? 0 : offsets[at + i]); });
+        });
+        dot(lo + at * 32);
+        unroll<kMR>([&](auto i) {
+            const __m512 scale = _mm512_set1_ps(scales[at + i]), sum = _mm512_set1_ps(sums[at + i]);
+            float* out = c + size_t(i) * size_t(ldc);
+            unroll<3>([&](auto v) {
+                const __m512 d = _mm512_loadu_ps(t->scale[b] + v * 16);
+                __m512 y = b0 + b ? _mm512_loadu_ps(out + v * 16) : _mm512_setzero_ps();
+                y = _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)acc[i][v]), _mm512_mul_ps(scale, d), y);
+                if (HasMin) y = _mm512_fmadd_ps(sum, _mm512_loadu_ps(t->min[b] + v * 16), y);
+                _mm512_storeu_ps(out + v * 16, y);
+            });
+        });
     }
 }
 
 static void multiply_tile(Type type, const void* a, int m, int k, int b0, int blocks, const Tile* t, float* c,
                           int ldc) {
-    for (int i = 0; i < m; i += kTokens) {
+    for (int i = 0; i < m; i += kMR) {
+        const TokenTile tokens(a, i / kMR, k);
         float* out = c + size_t(i) * size_t(ldc);
         if (has_min(type))
-            micro<true>(a, k, i, b0, blocks, t, out, ldc);
+            micro<true>(tokens, b0, blocks, t, out, ldc);
         else
-            micro<false>(a, k, i, b0, blocks, t, out, ldc);
+            micro<false>(tokens, b0, blocks, t, out, ldc);
     }
 }
 

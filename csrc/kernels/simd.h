@@ -32,6 +32,20 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+// f(0), f(1) ... f(N-1) with constants: GCC keeps an array of accumulators in registers only if every index
+// is one before its loop optimisers run, which #pragma unroll comes too late for.
+template <int I>
+struct Constant {
+    constexpr operator int() const { return I; }
+};
+template <int N, class F>
+__attribute__((always_inline)) static inline void unroll(const F& f) {
+    if constexpr (N > 0) {
+        unroll<N - 1>(f);
+        f(Constant<N - 1>{});
+    }
+}
+
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef float vfu __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
