@@ -18,6 +18,10 @@ int items_for(size_t bytes, int n_threads) {
     return int(std::clamp<size_t>(by_size, 1, n_threads == 1 ? 1 : size_t(n_threads) * 6));
 }
 
+void prefetch(const uint8_t* p, size_t bytes) {
+    for (size_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Skipping pays while active neurons, read in pieces, cost less than all of them read in one stream.
 constexpr double kDenseAbove = 0.70;
 
@@ -146,18 +150,13 @@ uint64_t Model::ffn_segment(const Neurons& n, const Matrix& gate, int first, int
     float act[kGroup], x1[kGroup];
     const uint8_t* rows[kGroup];
     uint64_t active = 0;
-    const size_t lines = (n.record + 127) / 64;
     for (int g = first; g <= last; g++) {
         const int j0 = g * kGroup, count = g < last ? std::min(kGroup, n.count - j0) : 0;
         float pre[kGroup];
-        const size_t total = skipping ? size_t(n_pending) * lines : 0;
-        size_t done = 0;
+        int fetched = skipping ? 0 : n_pending;
         for (int r = 0; r < count; r += 4) {
-            const size_t until = std::min(total, total * size_t(r + 4) / size_t(count));
-            for (; done < until; done++) {
-                const uint8_t* record = n.up(pending[done / lines]);
-                __builtin_prefetch(record + done % lines * 64, 0, 2);
-            }
+            for (const int until = n_pending * (r + 4) / kGroup; fetched < until; fetched++)
+                prefetch(n.up(pending[fetched]), n.record);
             k_.matvec(&gate, j0 + r, j0 + std::min(r + 4, count), &x, pre + r);
         }
         for (int i = 0; i < n_pending; i++) {

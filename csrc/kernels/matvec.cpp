@@ -10,14 +10,26 @@
 namespace prosparse {
 namespace PS_NS {
 
-template <Type T>
+// Requests `bytes` four kilobytes ahead in the stream: the L2 prefetcher alone leaves a core a fifth below
+// its bandwidth.
+template <size_t bytes>
+static inline void prefetch_ahead(const uint8_t* p) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + 4096 + i, 0, 3);
+}
+constexpr size_t block_bytes(Type t) { return t == Type::q8_0 ? 32 : t == Type::q5_1 ? 20 : 16; }
+
+template <Type T, bool Stream>
 static inline float dot_float(const uint8_t* row, int cols, const Acts* x) {
     // 4 * 16 running sums in memory order, whatever the vector width: same result on every instruction set
     constexpr int K = 64 / W;
+    constexpr size_t bytes = T == Type::f32 ? 4 : 2;
     vf acc[K] = {};
     int i = 0;
-    for (; i + 64 <= cols; i += 64)
+    for (; i + 64 <= cols; i += 64) {
+        if (Stream) prefetch_ahead<64 * bytes>(row + size_t(i) * bytes);
         for (int k = 0; k < K; k++) acc[k] += load_raw<T>(row, cols, i + k * W) * load(x->f + i + k * W);
+    }
     for (int k = 0; i + k * W < cols; k++)
         acc[k] += load_raw<T>(row, cols, i + k * W) * load(x->f + i + k * W);
     for (int step = K / 2; step; step /= 2)
@@ -25,18 +37,8 @@ static inline float dot_float(const uint8_t* row, int cols, const Acts* x) {
     return sum(acc[0]);
 }
 
-// Requests the codes of N blocks four kilobytes ahead in the stream: the L2 prefetcher alone leaves a core a
-// fifth below its bandwidth.
-template <Type T, size_t N>
-static inline void prefetch_blocks(const uint8_t* row, size_t block) {
-    constexpr size_t bytes = T == Type::q8_0 ? 32 : T == Type::q5_1 ? 20 : 16;
-    const uint8_t* p = row + block * bytes + 4096;
-#pragma GCC unroll 8
-    for (size_t i = 0; i < bytes * N; i += 64) __builtin_prefetch(p + i, 0, 3);
-}
-
 #if defined(PS_AVX512)
-template <Type T>
+template <Type T, bool Stream>
 static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     const int chunks = round_up(cols, 64) / 64;
     const uint16_t *scales = (const uint16_t*)(row + code_bytes(T, cols)), *mins = scales + 2 * chunks;
@@ -56,7 +58,7 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     int c = 0;
     for (; c + 8 <= chunks; c += 8) {  // 16 blocks
         const int b = 2 * c;
-        prefetch_blocks<T, 16>(row, size_t(b));
+        if (Stream) prefetch_ahead<16 * block_bytes(T)>(row + size_t(b) * block_bytes(T));
         const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scales + b)));
         const __m512 m = has_min(T) ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(mins + b))) : d;
         corr = _mm512_fmadd_ps(m, _mm512_loadu_ps(xsum + b), corr);
@@ -74,7 +76,7 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
         const __m512 m = has_min(T) ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, mins + b)) : d;
         corr = _mm512_fmadd_ps(m, _mm512_loadu_ps(xsum + b), corr);
         const __m512 s = _mm512_mul_ps(d, _mm512_loadu_ps(xscale + b));
-        prefetch_blocks<T, 4>(row, size_t(b));
+        if (Stream) prefetch_ahead<4 * block_bytes(T)>(row + size_t(b) * block_bytes(T));
         for (int k = 0; c + k < chunks; k++) even = chunk(c + k, k, s, even);
     }
     const __m512 factor = _mm512_set1_ps(has_min(T) ? 1.0f : -float(code_offset(T)));
@@ -111,7 +113,7 @@ static inline void dot_chunk(const uint8_t* row, size_t chunks, size_t c, const 
     }
 }
 
-template <Type T>
+template <Type T, bool Stream>
 static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     const size_t chunks = size_t(round_up(cols, 64)) / 64, blocks = chunks * 2;
     const uint16_t *scales = (const uint16_t*)(row + code_bytes(T, cols)), *mins = scales + blocks;
@@ -125,7 +127,7 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
         auto half8 = [mask](const uint16_t* p) {
             return _mm256_cvtph_ps(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), mask));
         };
-        prefetch_blocks<T, 8>(row, b);
+        if (Stream) prefetch_ahead<8 * block_bytes(T)>(row + b * block_bytes(T));
         const __m256 d = half8(scales + b);
         corr = _mm256_fmadd_ps(has_min(T) ? half8(mins + b) : d, _mm256_loadu_ps(x->sum + b), corr);
         const __m256 s = _mm256_mul_ps(d, _mm256_loadu_ps(x->scale + b));
@@ -171,7 +173,7 @@ static inline int32_t dot_block(const uint8_t* row, int chunks, int b, const int
     return s;
 }
 
-template <Type T>
+template <Type T, bool Stream>
 static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     const int chunks = round_up(cols, 64) / 64, blocks = chunks * 2;
     const uint16_t* scales = (const uint16_t*)(row + code_bytes(T, cols));
@@ -187,23 +189,24 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
 }
 #endif
 
-template <Type T>
+// Stream: the rows that follow are wanted next.
+template <Type T, bool Stream>
 static inline float dot_row(const uint8_t* row, int cols, const Acts* x) {
     if constexpr (quantized(T))
-        return dot_quantized<T>(row, cols, x);
+        return dot_quantized<T, Stream>(row, cols, x);
     else
-        return dot_float<T>(row, cols, x);
+        return dot_float<T, Stream>(row, cols, x);
 }
 
 void matvec(const Matrix* w, int r0, int r1, const Acts* x, float* out) {
 #define PS_CALL(T) \
-    for (int r = r0; r < r1; r++) out[r - r0] = dot_row<T>(w->row(r), w->cols, x)
+    for (int r = r0; r < r1; r++) out[r - r0] = dot_row<T, true>(w->row(r), w->cols, x)
     PS_BY_TYPE(w->type, PS_CALL)
 #undef PS_CALL
 }
 
 float dot(Type type, const uint8_t* row, int cols, const Acts* x) {
-#define PS_CALL(T) return dot_row<T>(row, cols, x)
+#define PS_CALL(T) return dot_row<T, false>(row, cols, x)
     PS_BY_TYPE(type, PS_CALL)
 #undef PS_CALL
     return 0;

@@ -77,44 +77,58 @@ void to_half(const float* x, int n, uint16_t* out) {
     for (; i < n; i++) out[i] = float_half(x[i]);
 }
 
+// The 15-bit integers of a block into the form this instruction set's dot products want (see Acts).
+static inline void store_block(const int32_t* q, int b, Acts* out) {
+#if defined(PS_AVX512)
+    for (int k = 0; k < 32; k += 16) {
+        const __m512i v = _mm512_loadu_si512(q + k);
+        const __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(64)), 7);
+        const __m512i lo = _mm512_sub_epi32(v, _mm512_slli_epi32(hi, 7));
+        _mm_storeu_si128((__m128i*)(out->hi + b * 32 + k), _mm512_cvtepi32_epi8(hi));
+        _mm_storeu_si128((__m128i*)(out->lo + b * 32 + k), _mm512_cvtepi32_epi8(lo));
+    }
+#elif defined(PS_AVX2)
+    for (int k = 0; k < 16; k++) {
+        out->q[b * 32 + k] = int16_t(q[2 * k]);
+        out->q[b * 32 + 16 + k] = int16_t(q[2 * k + 1]);
+    }
+#else
+    for (int k = 0; k < 32; k++) out->q[b * 32 + k] = int16_t(q[k]);
+#endif
+}
+
 void quantize(const float* x, int n, Acts* out) {
-    constexpr int kMax = 127 * 128;
+    constexpr int kMax = 127 * 128, kVectors = 32 / W;
     const int padded = round_up(n, 64);
     out->n = n;
     for (int b = 0; b < padded / 32; b++) {
-        float v[32] = {};
+        float in[32] = {};
         const int left = n - b * 32;
-        if (left > 0) memcpy(v, x + b * 32, size_t(left < 32 ? left : 32) * 4);
-        if (out->f) memcpy(out->f + b * 32, v, sizeof v);
-        int32_t top = 0;  // magnitudes compare as integers, which vectorises where float max does not
-        for (int k = 0; k < 32; k++) {
-            int32_t mag = int32_t(float_bits(v[k]) & 0x7fffffff);
-            top = mag > top ? mag : top;
+        if (left > 0) memcpy(in, x + b * 32, size_t(left < 32 ? left : 32) * 4);
+        if (out->f) memcpy(out->f + b * 32, in, sizeof in);
+        vi top = {};  // magnitudes compare as integers, which keeps NaN the largest
+        for (int k = 0; k < kVectors; k++) {
+            const vi magnitude = (vi)load(in + k * W) & 0x7fffffff;
+            top = magnitude > top ? magnitude : top;
         }
-        const float amax = bits_float(uint32_t(top));
-        const float inv = amax > 0 && top < 0x7f800000 ? kMax / amax : 0.0f;
-        int32_t total = 0, q[32];
-        for (int k = 0; k < 32; k++) {
-            q[k] = int32_t(v[k] * inv + (v[k] < 0 ? -0.5f : 0.5f));
-            total += q[k];
+        int32_t peak = 0;
+        for (int i = 0; i < W; i++) peak = top[i] > peak ? top[i] : peak;
+        const bool finite = peak < 0x7f800000;
+        const float amax = bits_float(uint32_t(peak)), inv = amax > 0 && finite ? kMax / amax : 0.0f;
+        vi total = {};
+        int32_t q[32];
+        for (int k = 0; k < kVectors; k++) {
+            const vf v = load(in + k * W);
+            const vi r = __builtin_convertvector(v * inv + (v < 0.0f ? set1(-0.5f) : set1(0.5f)), vi);
+            memcpy(q + k * W, &r, sizeof r);
+            total += r;
         }
-#if defined(PS_AVX512)
-        for (int k = 0; k < 32; k++) {
-            int32_t hi = (q[k] + 64) >> 7;
-            out->hi[b * 32 + k] = int8_t(hi);
-            out->lo[b * 32 + k] = int8_t(q[k] - hi * 128);
-        }
-#elif defined(PS_AVX2)
-        for (int k = 0; k < 16; k++) {
-            out->q[b * 32 + k] = int16_t(q[2 * k]);
-            out->q[b * 32 + 16 + k] = int16_t(q[2 * k + 1]);
-        }
-#else
-        for (int k = 0; k < 32; k++) out->q[b * 32 + k] = int16_t(q[k]);
-#endif
+        store_block(q, b, out);
+        int32_t sum_q = 0;
+        for (int i = 0; i < W; i++) sum_q += total[i];
         // Inf and NaN stay visibly wrong: NaN as the scale, whatever the codes are
-        out->scale[b] = top < 0x7f800000 ? amax / kMax : NAN;
-        out->sum[b] = out->scale[b] * float(total);
+        out->scale[b] = finite ? amax / kMax : NAN;
+        out->sum[b] = out->scale[b] * float(sum_q);
     }
 }
 
