@@ -153,10 +153,14 @@ uint64_t Model::ffn_segment(const Neurons& n, const Matrix& gate, int first, int
     for (int g = first; g <= last; g++) {
         const int j0 = g * kGroup, count = g < last ? std::min(kGroup, n.count - j0) : 0;
         float pre[kGroup];
+        if (n_pending) prefetch(n.group_scales(g - 1), n.scale_stride);
         int fetched = skipping ? 0 : n_pending;
+        auto fetch = [&](int until) {
+            for (; fetched < until; fetched++) prefetch(n.up(pending[fetched]), n.record);
+        };
+        if (!count) fetch(n_pending);
         for (int r = 0; r < count; r += 4) {
-            for (const int until = n_pending * (r + 4) / kGroup; fetched < until; fetched++)
-                prefetch(n.up(pending[fetched]), n.record);
+            fetch(n_pending * (r + 4) / kGroup);
             k_.matvec(&gate, j0 + r, j0 + std::min(r + 4, count), &x, pre + r);
         }
         for (int i = 0; i < n_pending; i++) {
