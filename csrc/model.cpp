@@ -17,6 +17,7 @@ namespace prosparse {
 namespace {
 
 constexpr size_t kHuge = 2u << 20;
+constexpr size_t kSlab = 4u << 20;  // file bytes packed before their pages are dropped
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -90,11 +91,11 @@ void Model::set_threads(int n) {
     pool_ = std::make_unique<Pool>(n);
 }
 
-void Model::release(const Source& s) {
+void Model::release(const Source& s, size_t first, size_t last) {
     if (!s.mapped) return;
     const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
-    auto start = (reinterpret_cast<uintptr_t>(s.data) + page - 1) / page * page;
-    auto end = (reinterpret_cast<uintptr_t>(s.data) + s.bytes) / page * page;
+    const auto start = (reinterpret_cast<uintptr_t>(s.data) + first + page - 1) / page * page;
+    const auto end = (reinterpret_cast<uintptr_t>(s.data) + last) / page * page;
     if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
 }
 
@@ -102,11 +103,15 @@ Matrix Model::pack(const Source& s, int rows, int cols) {
     const size_t stride = row_bytes(s.type, cols), src_row = file_row_bytes(s.type, cols);
     uint8_t* data = arena_.allocate(stride * size_t(rows));
     const int step = 64;
-    pool_->run((rows + step - 1) / step, [&](int item, int) {
-        for (int r = item * step; r < std::min(rows, (item + 1) * step); r++)
-            pack_row(s.type, s.data + size_t(r) * src_row, cols, data + size_t(r) * stride);
-    });
-    release(s);
+    const int slab = step * std::max(1, int(kSlab / (src_row * step)));
+    for (int r0 = 0; r0 < rows; r0 += slab) {  // an embedding is never twice in memory
+        const int r1 = std::min(rows, r0 + slab);
+        pool_->run((r1 - r0 + step - 1) / step, [&](int item, int) {
+            for (int r = r0 + item * step; r < std::min(r1, r0 + (item + 1) * step); r++)
+                pack_row(s.type, s.data + size_t(r) * src_row, cols, data + size_t(r) * stride);
+        });
+        release(s, size_t(r0) * src_row, size_t(r1) * src_row);
+    }
     return {s.type, rows, cols, data, stride};
 }
 
@@ -119,7 +124,7 @@ void Model::pack_neurons(Layer& layer) {
     n.count = count;
     n.width = width;
     n.down_offset = row_bytes(up.type, width);
-    n.record = n.down_offset + (code_bytes(down.type, width) + 31) / 32 * 32;
+    n.record = n.down_offset + (code_bytes(down.type, width) + 15) / 16 * 16;
     const int groups = (count + kGroup - 1) / kGroup;
     n.scale_stride = quantized(down.type) ? size_t(round_up(width, 64)) * (has_min(down.type) ? 4 : 2) : 0;
     uint8_t* records = arena_.allocate(n.record * size_t(count));
@@ -134,8 +139,8 @@ void Model::pack_neurons(Layer& layer) {
                         records + size_t(g) * kGroup * n.record + n.down_offset, n.record,
                         scales + size_t(g) * n.scale_stride);
     });
-    release(up);
-    release(down);
+    release(up, 0, up.bytes);
+    release(down, 0, down.bytes);
     layer.up_source = layer.down_source = {};
 }
 

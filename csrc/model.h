@@ -128,7 +128,7 @@ class Model {
 
     Matrix pack(const Source& s, int rows, int cols);
     void pack_neurons(Layer& layer);
-    void release(const Source& s);
+    void release(const Source& s, size_t first, size_t last);  // of its bytes
 
     void decode(Cache& cache, int32_t token, const std::function<bool()>& interrupted, bool& stopped);
     // returns the bytes of weights read

@@ -36,7 +36,7 @@ constexpr int scale_blocks(int cols) { return round_up(cols, 64) / 32; }
 constexpr size_t row_bytes(Type t, int cols) {
     size_t n = code_bytes(t, cols);
     if (quantized(t)) n += size_t(scale_blocks(cols)) * (has_min(t) ? 4 : 2);
-    return (n + 31) / 32 * 32;  // a vector load at 16 bytes would straddle cache lines
+    return (n + 15) / 16 * 16;
 }
 
 // Row-major weights: row r holds the inputs of output r.
