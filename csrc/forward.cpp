@@ -22,8 +22,9 @@ void prefetch(const uint8_t* p, size_t bytes) {
     for (size_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-// Skipping pays while active neurons, read in pieces, cost less than all of them read in one stream.
-constexpr double kDenseAbove = 0.70;
+// Skipping pays while active neurons, read and computed one by one, cost less than all of them in one stream.
+constexpr double kDenseAbove = 0.40;
+constexpr int kDenseTokens = 16;  // in a row, before the layout is given up
 
 }  // namespace
 
@@ -154,7 +155,7 @@ uint64_t Model::ffn_segment(const Neurons& n, const Matrix& gate, int first, int
         const int j0 = g * kGroup, count = g < last ? std::min(kGroup, n.count - j0) : 0;
         float pre[kGroup];
         if (n_pending) prefetch(n.group_scales(g - 1), n.scale_stride);
-        int fetched = skipping ? 0 : n_pending;
+        int fetched = 0;
         auto fetch = [&](int until) {
             for (; fetched < until; fetched++) prefetch(n.up(pending[fetched]), n.record);
         };
@@ -220,9 +221,9 @@ void Model::decode(Cache& cache, int32_t token, const std::function<bool()>& int
         stats.decode_bytes += project({{&l.o, w.x.data(), nullptr}}, w.attn.acts, c.residual_scale, true);
         k_.rmsnorm(w.x.data(), l.ffn_norm.data(), c.hidden_size, c.rms_norm_eps, w.in.acts.f);
         k_.quantize(w.in.acts.f, c.hidden_size, &w.in.acts);
-        mode == Mode::exact ? ffn_exact(l) : ffn_dense(l);
+        skipping ? ffn_exact(l) : ffn_dense(l);
     }
-    if (mode == Mode::exact) skipping = density_ < kDenseAbove;
+    dense_tokens_ = skipping && density_ > kDenseAbove ? dense_tokens_ + 1 : 0;
 }
 
 uint64_t Model::logits_of(const float* x, int m, float* out) {
@@ -319,7 +320,7 @@ void Model::attend_batch(Layer& l, int index, Cache& cache, int m) {
 void Model::ffn_batch(Layer& l, int m) {
     Workspace& w = *ws_;
     const int ff = config.intermediate_size, d = config.hidden_size;
-    const Matrix up = mode == Mode::exact ? l.neurons.up() : l.up;
+    const Matrix up = skipping ? l.neurons.up() : l.up;
     if (l.gate.type != up.type) throw std::invalid_argument("gate_proj and up_proj must have the same type");
     pack_a(up.type, w.bnorm.data(), m, d, d);
     const int panels = (ff + k_.panel - 1) / k_.panel;
@@ -339,7 +340,7 @@ void Model::ffn_batch(Layer& l, int m) {
         w.active[size_t(p)] = active;
     });
     for (int p = 0; p < panels; p++) stats.prefill_active += w.active[size_t(p)];
-    if (mode == Mode::dense) {
+    if (!skipping) {
         gemm(l.down, w.bgate.data(), m, w.ldff, w.bout.data(), w.ldd);
     } else {
         pack_a(l.neurons.down_type, w.bgate.data(), m, ff, w.ldff);
@@ -354,7 +355,7 @@ uint64_t Model::layer_bytes(const Layer& l) const {
     auto bytes = [](const Matrix& m) { return m.stride * size_t(m.rows); };
     uint64_t total =
         bytes(l.q) + bytes(l.k) + bytes(l.v) + bytes(l.o) + bytes(l.gate) + bytes(l.up) + bytes(l.down);
-    if (mode == Mode::exact) {
+    if (skipping) {
         const Neurons& n = l.neurons;
         total += n.record * size_t(n.count) + n.scale_stride * size_t((n.count + kGroup - 1) / kGroup);
     }
@@ -414,6 +415,7 @@ bool Model::forward(Cache& cache, std::span<const int32_t> tokens, bool all_logi
     const int start = cache.n_past;
     bool stopped = false;
     if (n == 1) {
+        if (dense_tokens_ >= kDenseTokens) leave_exact();
         decode(cache, tokens[0], interrupted, stopped);
         if (stopped) return false;
         stats.decode_bytes += logits_of(ws_->x.data(), 1, logits);

@@ -63,6 +63,14 @@ uint8_t* Arena::allocate(size_t bytes) {
     return p;
 }
 
+void Arena::release(const uint8_t* p, size_t bytes) {
+    used_ -= (bytes + 63) / 64 * 64;
+    // whole huge pages only: breaking one up would slow what else lies on it
+    const auto start = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) / kHuge * kHuge;
+    const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHuge * kHuge;
+    if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
+}
+
 Cache::Cache(const Config& config, int n_ctx)
     : n_ctx(n_ctx),
       layers_(config.num_hidden_layers),
@@ -79,7 +87,8 @@ Cache::Cache(const Config& config, int n_ctx)
 
 Cache::~Cache() { munmap(data_, size_ * 2); }
 
-Model::Model(Config c, int n_threads, Mode mode) : config(std::move(c)), mode(mode), k_(kernels()) {
+Model::Model(Config c, int n_threads, Mode mode)
+    : config(std::move(c)), mode(mode), skipping(mode == Mode::exact), k_(kernels()) {
     set_threads(n_threads);
     layers_.resize(size_t(config.num_hidden_layers));
     ws_ = std::make_shared<Workspace>(config);
@@ -144,6 +153,31 @@ void Model::pack_neurons(Layer& layer) {
     layer.up_source = layer.down_source = {};
 }
 
+void Model::leave_exact() {
+    for (Layer& l : layers_) {
+        const Neurons n = l.neurons;
+        auto matrix = [&](Type type, int rows, int cols, uint8_t** data) {
+            const size_t stride = row_bytes(type, cols);
+            *data = arena_.allocate(stride * size_t(rows));
+            return Matrix{type, rows, cols, *data, stride};
+        };
+        uint8_t *up, *down;
+        l.up = matrix(n.up_type, n.count, n.width, &up);
+        l.down = matrix(n.down_type, n.width, n.count, &down);
+        pool_->run((n.count + kGroup - 1) / kGroup, [&](int g, int) {
+            for (int j = g * kGroup; j < std::min(n.count, (g + 1) * kGroup); j++)
+                std::memcpy(up + size_t(j) * l.up.stride, n.up(j), l.up.stride);
+        });
+        pool_->run(round_up(n.width, 64) / 64, [&](int chunk, int) {
+            unpack_down_rows(n, chunk, down + size_t(chunk) * 64 * l.down.stride, l.down.stride);
+        });
+        arena_.release(n.records, n.record * size_t(n.count));
+        arena_.release(n.scales, n.scale_stride * size_t((n.count + kGroup - 1) / kGroup));
+        l.neurons = {};
+    }
+    skipping = false;
+}
+
 void Model::set_tensor(const std::string& name, Source s) {
     std::lock_guard lock(busy_);
     const Config& c = config;
@@ -198,9 +232,9 @@ void Model::set_tensor(const std::string& name, Source s) {
         matrix(l.o, d, c.q_size());
     else if (rest == "mlp.gate_proj.weight")
         matrix(l.gate, ff, d);
-    else if (rest == "mlp.up_proj.weight" && mode == Mode::dense)
+    else if (rest == "mlp.up_proj.weight" && !skipping)
         matrix(l.up, ff, d);
-    else if (rest == "mlp.down_proj.weight" && mode == Mode::dense)
+    else if (rest == "mlp.down_proj.weight" && !skipping)
         matrix(l.down, d, ff);
     else if (rest == "mlp.up_proj.weight" || rest == "mlp.down_proj.weight") {
         const bool up = rest == "mlp.up_proj.weight";

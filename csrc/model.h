@@ -20,7 +20,8 @@ class Arena {
     Arena() = default;
     ~Arena();
     Arena(const Arena&) = delete;
-    uint8_t* allocate(size_t bytes);  // 64-byte aligned, not initialised
+    uint8_t* allocate(size_t bytes);               // 64-byte aligned, not initialised
+    void release(const uint8_t* p, size_t bytes);  // gives the pages of an allocation back
     size_t used() const { return used_; }
 
   private:
@@ -113,7 +114,8 @@ class Model {
     const Config config;
     const Mode mode;
     Stats stats;
-    bool skipping = true;  // exact mode: false after measured density made skipping a loss
+    bool skipping;  // exact mode, until measured density makes it a loss: then weights are laid out as in
+                    // dense mode
     int n_threads() const { return pool_->n_threads(); }
     void set_threads(int n);
     size_t weight_bytes() const { return arena_.used(); }
@@ -128,6 +130,7 @@ class Model {
 
     Matrix pack(const Source& s, int rows, int cols);
     void pack_neurons(Layer& layer);
+    void leave_exact();
     void release(const Source& s, size_t first, size_t last);  // of its bytes
 
     void decode(Cache& cache, int32_t token, const std::function<bool()>& interrupted, bool& stopped);
@@ -158,7 +161,8 @@ class Model {
     std::vector<float> final_norm_;
     std::vector<Layer> layers_;
     std::shared_ptr<Workspace> ws_;
-    double density_ = -1;  // running mean over layers and tokens, decode
+    double density_ = -1;   // running mean over layers and tokens, decode
+    int dense_tokens_ = 0;  // in a row that were too dense for skipping
 };
 
 }  // namespace prosparse

@@ -64,6 +64,20 @@ void pack_codes(Type t, const uint8_t* codes, int cols, uint8_t* dst) {
     }
 }
 
+// The reverse, for one chunk of a row of `chunks`.
+void unpack_chunk(Type t, const uint8_t* src, int chunks, int chunk, uint8_t codes[64]) {
+    if (t == Type::q8_0) {
+        std::memcpy(codes, src + chunk * 64, 64);
+        return;
+    }
+    uint64_t high = 0;
+    if (t == Type::q5_1) std::memcpy(&high, src + chunks * 32 + chunk * 8, 8);
+    for (int k = 0; k < 32; k++) {
+        codes[k] = uint8_t((src[chunk * 32 + k] & 15) | (high >> k & 1) << 4);
+        codes[k + 32] = uint8_t(src[chunk * 32 + k] >> 4 | (high >> (k + 32) & 1) << 4);
+    }
+}
+
 size_t float_bytes(Type t) { return t == Type::f32 ? 4 : 2; }
 
 }  // namespace
@@ -119,6 +133,38 @@ void pack_down_group(Type type, const uint8_t* src, int width, int count, int gr
     }
     for (int j = 0; j < n; j++)
         pack_codes(type, &codes[size_t(j) * padded], width, records + size_t(j) * stride);
+}
+
+void unpack_down_rows(const Neurons& n, int chunk, uint8_t* rows, size_t stride) {
+    const Type t = n.down_type;
+    const int c0 = chunk * 64, cols = std::min(64, n.width - c0);
+    if (!quantized(t)) {
+        const size_t b = float_bytes(t), row = size_t(n.count) * b;
+        for (int j = 0; j < n.count; j++)
+            for (int k = 0; k < cols; k++)
+                std::memcpy(rows + size_t(k) * stride + size_t(j) * b, n.down(j) + size_t(c0 + k) * b, b);
+        for (int k = 0; k < cols; k++) std::memset(rows + size_t(k) * stride + row, 0, stride - row);
+        return;
+    }
+    const size_t padded = size_t(round_up(n.count, 64)), width = size_t(round_up(n.width, 64));
+    thread_local std::vector<uint8_t> codes;
+    codes.assign(padded * 64, 0);
+    for (int j = 0; j < n.count; j++) {
+        uint8_t column[64];
+        unpack_chunk(t, n.down(j), int(width / 64), chunk, column);
+        for (size_t k = 0; k < 64; k++) codes[k * padded + size_t(j)] = column[k];
+    }
+    for (int k = 0; k < cols; k++) {
+        uint8_t* row = rows + size_t(k) * stride;
+        uint8_t* scales = row + code_bytes(t, n.count);
+        std::memset(scales, 0, stride - code_bytes(t, n.count));
+        pack_codes(t, &codes[size_t(k) * padded], n.count, row);
+        for (int g = 0; g < n.count / kGroup; g++) {
+            const uint8_t* group = n.group_scales(g) + size_t(c0 + k) * 2;
+            std::memcpy(scales + g * 2, group, 2);
+            if (has_min(t)) std::memcpy(scales + (scale_blocks(n.count) + g) * 2, group + width * 2, 2);
+        }
+    }
 }
 
 }  // namespace prosparse

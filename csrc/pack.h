@@ -13,4 +13,7 @@ void pack_row(Type type, const uint8_t* src, int cols, uint8_t* dst);
 void pack_down_group(Type type, const uint8_t* src, int width, int count, int group, uint8_t* records,
                      size_t stride, uint8_t* scales);
 
+// The reverse: rows [64 chunk, 64 chunk + 64) of a row-major down matrix, `stride` bytes apart, from neurons.
+void unpack_down_rows(const Neurons& n, int chunk, uint8_t* rows, size_t stride);
+
 }  // namespace prosparse

@@ -157,9 +157,32 @@ def test_caches_are_independent(tiny_model):
         assert np.array_equal(llm.forward(TOKENS[i : i + 1], one)[0], expected[i])
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(96, 160), (224, 544)])
+@pytest.mark.parametrize("type", TYPES)
+def test_too_dense_to_skip(tiny_model, type, hidden, intermediate):
+    """Where nearly all neurons are active, exact mode turns into its dense twin, bit for bit."""
+    model = tiny_model(type=type, act="fatrelu_-1e30", hidden=hidden, intermediate=intermediate)
+    exact, dense = LLM(model, mode="exact"), LLM(model, mode="dense")
+    cache = exact.new_cache(64)
+    for token in TOKENS[:17]:
+        exact.forward([token], cache)
+    assert not exact._core.skipping
+    assert "dense" in exact.mode_reason
+    assert exact._core.weight_bytes == dense._core.weight_bytes
+    assert np.array_equal(decode(exact, TOKENS), decode(dense, TOKENS))
+    assert np.array_equal(exact.forward(TOKENS, all_logits=True), dense.forward(TOKENS, all_logits=True))
+
+
+def test_sparse_enough_to_skip(tiny_model):
+    llm = LLM(tiny_model(act="fatrelu_1.5"), mode="exact")
+    decode(llm, TOKENS)
+    assert llm.stats()["active"] < 0.3 * llm.stats()["neurons"]
+    assert llm._core.skipping
+
+
 def test_bytes_read_follow_sparsity(tiny_model):
     """Exact mode reads what its twin says it must, up to the padding of packed rows."""
-    model = tiny_model(act="relu", hidden=128, intermediate=512)
+    model = tiny_model(act="fatrelu_0.8", hidden=128, intermediate=512)
     read = {}
     for mode in ("dense", "exact"):
         twin, llm = LLM(model, backend="naive", mode=mode), LLM(model, mode=mode)

@@ -101,7 +101,7 @@ class LLM:
     def mode_reason(self) -> str:
         """The mode that runs and why, in one line."""
         if self.mode == "exact" and not self._core.skipping:
-            return "dense for now: so many neurons are active that skipping the others would cost time"
+            return "dense: so many neurons are active that skipping the others would cost time"
         return f"{self.mode}: {self._mode_reason}"
 
     def new_cache(self, n_ctx: int | None = None) -> Any:

@@ -22,7 +22,7 @@ class NaiveModel:
         self.config = dict(config)
         self.n_threads = n_threads
         self.mode = mode
-        self.skipping = mode == "exact"  # the native engine clears it while skipping does not pay
+        self.skipping = mode == "exact"  # the native engine gives it up where it does not pay
         self._activation = Activation(config["hidden_act"], config["hidden_act_param"])
         if mode == "exact" and not self._activation.sparse:
             raise ValueError(f"exact mode needs an activation with exact zeros, not {self._activation.name}")
