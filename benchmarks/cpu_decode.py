@@ -189,7 +189,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--types", type=names, default=list(shapes.TYPES), help=",".join(shapes.TYPES))
     parser.add_argument("--threads", type=counts, default=[1, 2])
     parser.add_argument("--sparsity", type=shares, default=[0, 0.67, 0.88, 0.95], help="for 1b and 7b")
-    parser.add_argument("-n", type=int, default=32, help="tokens decoded a round")
+    parser.add_argument("-n", type=int, default=16, help="tokens decoded a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers-7b", type=int, default=8, help="of the real 32")
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)

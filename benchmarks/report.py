@@ -1,6 +1,10 @@
-"""Results of `cpu_decode` as JSON, a Markdown table and a plot."""
+"""Results of `cpu_decode` as JSON, a Markdown table and a plot.
+
+python -m benchmarks.report benchmarks/results/cpu_decode_....json    prints the table of the README
+"""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +77,61 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+# the README's lines: shape, type, wanted share of inactive neurons (None: the model's own)
+SUMMARY = (
+    ("smollm2", "q8_0", None),
+    ("sparse", "q5_1", None),
+    ("1b", "q8_0", 0.88),
+    ("1b", "q4_0", 0.88),
+    ("1b", "bf16", 0.88),
+    ("7b", "q8_0", 0.88),
+    ("7b", "q4_0", 0.88),
+)
+TITLES = {
+    "smollm2": "SmolLM2-135M",
+    "sparse": "SmolLM2-135M, ReLU-sparse",
+    "1b": "MiniCPM-1B shape",
+    "7b": "LLaMA2-7B shape, 8 layers",
+}
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """The README's table: `SUMMARY` at most threads."""
+    threads = max(row["threads"] for row in rows)
+    head = [
+        f"model, {threads} threads",
+        "type",
+        "inactive",
+        "llama.cpp",
+        "dense twin",
+        "exact",
+        "dense ÷ llama.cpp",
+        "exact ÷ llama.cpp",
+        "exact ÷ dense (byte bound)",
+    ]
+    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
+    for shape, type, share in SUMMARY:
+        for row in rows:
+            if (row["shape"], row["type"], row["threads"]) != (shape, type, threads):
+                continue
+            if share is not None and abs(row["sparsity"] - share) > 0.02:
+                continue
+            systems, ratios = row["systems"], row["ratios"]
+            exact = "exact" in systems
+            bound = f"{ratios['exact/dense']:.2f} ({row['byte_bound']:.2f})" if exact else "-"
+            lines.append(
+                [
+                    TITLES[shape],
+                    type.upper(),
+                    f"{row['sparsity']:.0%}",
+                    *(_cell(systems.get(n, {}).get("tok_s"), ".0f") for n in ("llama.cpp", "dense", "exact")),
+                    *(_cell(ratios.get(n), ".2f") for n in ("dense/llama.cpp", "exact/llama.cpp")),
+                    bound,
+                ]
+            )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -109,3 +168,7 @@ def plot(rows: Sequence[dict[str, Any]], heading: str, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    print(summary(json.loads(Path(sys.argv[1]).read_text())["rows"]), end="")
