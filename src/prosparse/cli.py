@@ -18,6 +18,7 @@ VERBS = {
     "bench": ("prosparse.engine.bench", "measure prefill and decode speed"),
     "inspect": ("prosparse.formats.inspect", "show what is in a model file"),
     "convert": ("prosparse.formats.convert", "convert and quantise between GGUF and Hugging Face folders"),
+    "sparsify": ("prosparse.sparsify.run", "make a Swish model sparse by training"),
     "perplexity": ("prosparse.evaluate.perplexity", "measure perplexity on a text"),
     "demo": ("prosparse.engine.demo", "the whole thing on a small real model"),
 }
@@ -61,7 +62,7 @@ def _top(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prosparse",
         usage="prosparse VERB [options]",
-        description="Activation-sparse language models on the CPU.",
+        description="Activation-sparse language models, from training to tokens per second.",
         epilog=f"verbs:\n{verbs}\n\n`prosparse VERB --help` shows a verb's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

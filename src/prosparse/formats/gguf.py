@@ -266,7 +266,7 @@ def _packed(key: str, value: Any) -> bytes:
                 raise ValueError(f"{key}: {value} does not fit into 64 bits")
             return struct.pack("<I", kind) + _STRUCTS[kind].pack(value)
         case float():
-            if abs(value) > np.finfo(np.float32).max and math.isfinite(value):
+            if abs(value) > float(np.finfo(np.float32).max) and math.isfinite(value):
                 raise ValueError(f"{key}: {value} does not fit into 32 bits")
             return struct.pack("<If", 6, value)
         case list() | tuple() if all(isinstance(v, str) for v in value):

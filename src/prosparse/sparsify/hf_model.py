@@ -1,0 +1,141 @@
+"""Between this project's models and Hugging Face modules that train."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prosparse.model.activation import Activation
+from prosparse.model.fold import fold_thresholds
+from prosparse.model.model import Model
+from prosparse.model.model import Tensor as StoredTensor
+from prosparse.model.names import expected_tensors
+from prosparse.sparsify.swap import SparseMLP, substitute
+
+# a layer whose threshold stayed 0 is folded as if it were this: no gate lies between
+_SMALLEST = 1e-6
+
+
+class Trunk:
+    """A causal language model without its last product: `hidden` is what the head multiplies.
+
+    `mlps` in layer order; `head` [vocab, d], the embedding itself where the two are tied.
+    """
+
+    def __init__(self, model: nn.Module, mlps: list[SparseMLP]) -> None:
+        self.model: Any = model
+        self.mlps = mlps
+        head = self.model.get_output_embeddings()
+        self.head: nn.Parameter = head.weight
+        self._check_head(head)
+        self.model.set_output_embeddings(nn.Identity())
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, each of which holds one of `mlps`."""
+        inside = {id(mlp) for mlp in self.mlps}
+        return [
+            module
+            for module in self.model.modules()
+            if any(id(child) in inside for child in module.children())
+        ]
+
+    def hidden(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:
+        """[batch, n, d] of `tokens` int64 [batch, n]. With `document` [batch, n], tokens see only their own
+        one, and positions start anew in each."""
+        if document is None:
+            return self.model(input_ids=tokens, use_cache=False).logits
+        place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        starts = torch.where(document != document.roll(1, 1), place, 0)
+        starts[:, 0] = 0
+        positions = place - starts.cummax(1).values
+        mask = (document[:, None, :, None] == document[:, None, None, :]) & (
+            place[:, None, :, None] >= place[:, None, None, :]
+        )
+        return self.model(
+            input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False
+        ).logits
+
+    def _check_head(self, head: nn.Module) -> None:
+        """That logits are nothing but head(hidden), as the chunked losses assume."""
+        if getattr(head, "bias", None) is not None:
+            raise ValueError("the model's head has a bias; training such models is not supported")
+        tokens = torch.arange(4, device=self.head.device)[None] % self.head.shape[0]
+        with torch.no_grad():
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+            self.model.set_output_embeddings(nn.Identity())
+            again = head(self.model(input_ids=tokens, use_cache=False).logits)
+        if not torch.equal(logits, again):
+            raise ValueError(
+                "the model changes its logits after the head; training such models is not supported"
+            )
+
+
+def load(model: Model, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Trunk:
+    """A model as a trainable module; quantised weights are dequantised. Its activation stays its own."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # ours is put in below; transformers knows neither fatrelu nor shiftrelu
+    values = model.config.to_hf() | {"hidden_act": "silu", "hidden_act_param": None}
+    config = AutoConfig.for_model(**values)
+    with torch.device(device):
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    state = {name: torch.from_numpy(tensor.dequantize()).to(dtype) for name, tensor in model.tensors.items()}
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    missing = [
+        name for name in missing if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
+    ]
+    if missing or unexpected:
+        raise ValueError(f"transformers' {config.model_type} has other weights: {(missing or unexpected)[0]}")
+    module.tie_weights()
+    return Trunk(module, substitute(module, model.config.activation))
+
+
+def to_model(trunk: Trunk, original: Model, type: str = "F32") -> Model:
+    """The trained weights as a model with one activation: thresholds of layers are folded into one.
+
+    `type` of the matrices: F32, F16 or BF16. Tokenizer and name are those of `original`.
+    """
+    thresholds = [float(mlp.threshold) for mlp in trunk.mlps]
+    activation, common = _common(trunk.mlps[0].activation, thresholds)
+    config = replace(original.config, activation=activation)
+    parameters = dict(trunk.model.named_parameters()) | {"lm_head.weight": trunk.head}
+    tensors = {
+        name: _stored(parameters[name].detach(), type if len(shape) == 2 else "F32")
+        for name, shape in expected_tensors(config).items()
+    }
+    model = Model(config, tensors, original.tokenizer, original.name)
+    if common is not None:
+        folded = fold_thresholds(model, [max(t, _SMALLEST) for t in thresholds], common)
+        # what folding computed is kept, in the wanted type
+        kept = {
+            name: tensor if tensor.type == type or len(tensor.shape) == 1 else _retyped(tensor, type)
+            for name, tensor in folded.tensors.items()
+        }
+        model = replace(folded, tensors=kept)
+    return model
+
+
+def _common(name: str, thresholds: Sequence[float]) -> tuple[Activation, float | None]:
+    """The one activation of all layers, and the threshold to fold to where they differ."""
+    if name not in ("fatrelu", "shiftrelu"):
+        return Activation(name), None
+    if len(set(thresholds)) == 1:
+        return Activation(name, thresholds[0]), None
+    if name == "shiftrelu":
+        raise ValueError("shifts that differ by layer have no common form")
+    common = float(np.median([max(t, _SMALLEST) for t in thresholds]))
+    return Activation("fatrelu", common), common
+
+
+def _stored(values: Tensor, type: str) -> StoredTensor:
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[type]
+    data = values.to("cpu", dtype).contiguous()
+    return StoredTensor(type, tuple(data.shape), data.view(torch.uint8).numpy())
+
+
+def _retyped(tensor: StoredTensor, type: str) -> StoredTensor:
+    return _stored(torch.from_numpy(tensor.dequantize()), type)

@@ -1,0 +1,213 @@
+"""Training end to end on a tiny model: it gets where it should, and resumes as if nothing had happened."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from prosparse.model.activation import Activation
+from prosparse.model.model import Model
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+hf_model = pytest.importorskip("prosparse.sparsify.hf_model")
+from prosparse.sparsify import checkpoint  # noqa: E402
+from prosparse.sparsify.batches import Mixture  # noqa: E402
+from prosparse.sparsify.controller import TargetControl  # noqa: E402
+from prosparse.sparsify.losses import LossMix  # noqa: E402
+from prosparse.sparsify.schedule import LambdaSchedule, LearningRate  # noqa: E402
+from prosparse.sparsify.trainer import TrainConfig, Trainer  # noqa: E402
+
+CONTEXT = 32
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Mixture:
+    tokens = np.tile(np.arange(97, 123, dtype=np.uint32), 400)
+    store = SimpleNamespace(
+        tokens=tokens,
+        loss=np.ones(len(tokens), np.uint8),
+        offsets=np.arange(0, len(tokens) + 1, 26),
+        source="alphabet",
+    )
+    return Mixture([store], [1.0], context=CONTEXT, seed=0, vocab_size=288)
+
+
+def with_activation(model: Model, activation: Activation) -> Model:
+    return replace(model, config=replace(model.config, activation=activation))
+
+
+def config(steps: int = 12, **changes) -> TrainConfig:
+    values = {
+        "steps": steps,
+        "sequences": 4,
+        "micro_sequences": 2,
+        "learning_rate": LearningRate("constant", 3e-3, steps),
+        "checkpoint_every": 5,
+    }
+    return TrainConfig(**values | changes)
+
+
+def trainer(
+    model: Model, mixture: Mixture, config: TrainConfig, folder, activation: str = "fatrelu"
+) -> Trainer:
+    student = hf_model.load(with_activation(model, Activation(activation, 0.0)))
+    teacher = hf_model.load(model) if config.mix.distil else None
+    return Trainer(student, teacher, mixture, config, folder)
+
+
+def lines(folder) -> list[dict]:
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in metrics:
+        del line["seconds"]
+    return metrics
+
+
+def test_the_loaded_model_is_the_model(tiny_model):
+    from prosparse.engine.engine import LLM
+
+    for options in ({}, {"architecture": "qwen3", "qk_norm": True, "head_dim": 32}, {"act": "fatrelu_0.3"}):
+        model = tiny_model(**options)
+        trunk = hf_model.load(model)
+        tokens = np.arange(40) % 288
+        with torch.no_grad():
+            logits = trunk.hidden(torch.from_numpy(tokens)[None])[0] @ trunk.head.T
+        expected = LLM(model, backend="naive").forward(tokens, all_logits=True)
+        np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-3, atol=2e-4)
+
+
+def test_distillation_learns(tiny_model, mixture, tmp_path):
+    run = trainer(tiny_model(), mixture, config(40), tmp_path, "relu")
+    run.run()
+    metrics = lines(tmp_path)
+    assert [line["step"] for line in metrics] == list(range(1, 41))
+    kl = [line["kl"] for line in metrics]
+    assert np.mean(kl[-5:]) < 0.8 * np.mean(kl[:5])
+    assert metrics[-1]["tokens"] == 40 * 4 * CONTEXT
+
+
+@pytest.mark.parametrize("target", [0.7, 0.9])
+def test_a_target_is_reached(tiny_model, mixture, tmp_path, target):
+    control = TargetControl(target, start=0.1, end=0.6)
+    run = trainer(tiny_model(intermediate=256), mixture, config(120, control=control), tmp_path)
+    run.run()
+    last = lines(tmp_path)[-20:]
+    assert np.mean([line["sparsity"] for line in last]) == pytest.approx(target, abs=0.02)
+    assert last[-1]["wanted"] == pytest.approx(target)
+
+
+def test_the_schedule_of_lambda_is_followed(tiny_model, mixture, tmp_path):
+    schedule = LambdaSchedule.progressive(3, (0.01, 0.5), (6, 12))
+    run = trainer(tiny_model(), mixture, config(schedule=schedule), tmp_path, "relu")
+    run.run()
+    assert [line["lambda"] for line in lines(tmp_path)] == [schedule.at(step) for step in range(1, 13)]
+
+
+def test_l1_lowers_x1(tiny_model, mixture, tmp_path):
+    sums = {}
+    for factor in (0.0, 2.0):
+        schedule = LambdaSchedule.constant(1, factor, 30)
+        run = trainer(tiny_model(), mixture, config(30, schedule=schedule), tmp_path / str(factor), "relu")
+        run.run()
+        sums[factor] = sum(measure.l1.item() for measure in run._measures)
+    assert sums[2.0] < 0.7 * sums[0.0]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7, 11])
+def test_a_broken_run_goes_on_as_if_unbroken(tiny_model, mixture, tmp_path, stop):
+    control = TargetControl(0.8, start=0.2, end=0.8)
+    whole = trainer(tiny_model(), mixture, config(control=control), tmp_path / "whole")
+    whole.run()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(metrics):
+        if metrics["step"] == stop:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trainer(tiny_model(), mixture, config(control=control), tmp_path / "broken").run(kill)
+    again = trainer(tiny_model(), mixture, config(control=control), tmp_path / "broken")
+    assert again.step == stop // 5 * 5 if stop % 5 else again.step in (0, stop - 5)
+    again.run()
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+    state, broken = whole.student.model.state_dict(), again.student.model.state_dict()
+    assert all(torch.equal(state[name], broken[name]) for name in state)
+
+
+def test_half_written_checkpoints_are_not_seen(tiny_model, mixture, tmp_path):
+    trainer(tiny_model(), mixture, config(5), tmp_path).run()
+    folder = tmp_path / "checkpoints"
+    half = folder / ".step-00000099.1"
+    half.mkdir()
+    (half / "state.pt").write_bytes(b"cut off")
+    step, _ = checkpoint.load_latest(folder)
+    assert step == 5
+    assert not half.exists()
+
+
+def test_steps_that_are_not_finite_are_skipped_then_stop_the_run(tiny_model, mixture, tmp_path):
+    run = trainer(tiny_model(), mixture, config(max_bad_steps=3), tmp_path)
+    before = run.student.head.detach().clone()
+    run.student.model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="3 steps in a row"):
+        run.run()
+    assert torch.equal(run.student.head, before)
+    assert [line["skipped"] for line in map(json.loads, (tmp_path / "metrics.jsonl").open())] == [True, True]
+
+
+def test_documents_do_not_see_each_other(tiny_model):
+    trunk = hf_model.load(tiny_model())
+    tokens = torch.arange(20)[None]
+    document = (torch.arange(20)[None] >= 8).int()
+    with torch.no_grad():
+        masked = trunk.hidden(tokens, document)
+        alone = trunk.hidden(tokens[:, 8:])
+        first = trunk.hidden(tokens[:, :8])
+    torch.testing.assert_close(masked[:, 8:], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked[:, :8], first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_was_trained_runs_in_the_engine(tiny_model, mixture, tmp_path, tied):
+    """Thresholds that differ by layer end as one; the logits stay."""
+    from prosparse.engine.engine import LLM
+
+    original = tiny_model(tied=tied)
+    control = TargetControl(0.8, start=0.1, end=0.5)
+    run = trainer(original, mixture, config(20, control=control), tmp_path)
+    run.run()
+    model = hf_model.to_model(run.student, original)
+    assert model.config.activation.name == "fatrelu"
+    assert len({float(mlp.threshold) for mlp in run.student.mlps}) == 2
+    tokens = np.arange(97, 123)
+    with torch.no_grad():
+        expected = (run.student.hidden(torch.from_numpy(tokens)[None])[0] @ run.student.head.T).numpy()
+    got = LLM(model, backend="naive").forward(tokens, all_logits=True)
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
+    assert hf_model.to_model(run.student, original, "BF16").tensors["model.norm.weight"].type == "F32"
+
+
+def test_bad_configurations(tiny_model, mixture, tmp_path):
+    for changes, match in [
+        ({"steps": 0}, "steps"),
+        ({"sequences": 3}, "multiple"),
+        ({"schedule": LambdaSchedule.constant(1, 0.1, 2), "control": TargetControl(0.9)}, "not both"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            config(**{"steps": 12} | changes) if "steps" in changes else config(**changes)
+    student = hf_model.load(tiny_model())
+    with pytest.raises(ValueError, match="original"):
+        Trainer(student, None, mixture, config(), tmp_path)
+    Trainer(student, None, mixture, config(mix=LossMix(1.0, 0.0)), tmp_path)
