@@ -33,10 +33,11 @@ struct GroupInts {
             amax = fabsf(x[j]) > amax ? fabsf(x[j]) : amax;
             total += x[j];
         }
-        const float inv = amax > 0 ? 127 * 128 / amax : 0.0f;
-        scale = amax / (127 * 128) + total * 0.0f;  // NaN or Inf must survive
+        const bool finite = total * 0.0f == 0.0f;
+        const float inv = amax > 1e-30f && finite ? 127 * 128 / amax : 0.0f;
+        scale = finite ? amax / (127 * 128) : NAN;  // NaN and Inf must survive
         for (int j = 0; j < round_up(n, 4); j++) {
-            q[j] = j < n ? int32_t(x[j] * inv + (x[j] < 0 ? -0.5f : 0.5f)) : 0;
+            q[j] = j < n && finite ? int32_t(x[j] * inv + (x[j] < 0 ? -0.5f : 0.5f)) : 0;
             sum += q[j];
             rows[j] = r[j < n ? j : n - 1];
         }

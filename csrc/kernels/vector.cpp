@@ -114,11 +114,12 @@ void quantize(const float* x, int n, Acts* out) {
         int32_t peak = 0;
         for (int i = 0; i < W; i++) peak = top[i] > peak ? top[i] : peak;
         const bool finite = peak < 0x7f800000;
-        const float amax = bits_float(uint32_t(peak)), inv = amax > 0 && finite ? kMax / amax : 0.0f;
+        // below the limit kMax / amax would overflow, and the block is as good as zero
+        const float amax = bits_float(uint32_t(peak)), inv = amax > 1e-30f && finite ? kMax / amax : 0.0f;
         vi total = {};
         int32_t q[32];
         for (int k = 0; k < kVectors; k++) {
-            const vf v = load(in + k * W);
+            const vf v = finite ? load(in + k * W) : vf{};
             const vi r = __builtin_convertvector(v * inv + (v < 0.0f ? set1(-0.5f) : set1(0.5f)), vi);
             memcpy(q + k * W, &r, sizeof r);
             total += r;

@@ -240,3 +240,16 @@ def test_sparse_reference(sparse_path):
     want, got = twin.stats(), llm.stats()
     assert got["prefill_active"] == pytest.approx(want["prefill_active"], rel=0.01)
     assert got["prefill_active"] < 0.15 * got["prefill_neurons"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-42])
+@pytest.mark.parametrize("mode", ["dense", "exact"])
+def test_what_is_not_finite_stays_visible(tiny_model, mode, value):
+    """One broken weight gives NaN, not a fluent answer; a vanishing one changes nothing else."""
+    model = tiny_model(type="Q8_0", act="relu")
+    norm = model.tensors["model.layers.0.post_attention_layernorm.weight"]
+    norm.data.view(np.float32)[:] = value
+    llm = LLM(model, mode=mode)
+    prefill = llm.forward(TOKENS[:9], all_logits=True)
+    step = llm.forward(TOKENS[:1])
+    assert np.isfinite(prefill).all() == np.isfinite(step).all() == (value == 1e-42)
