@@ -8,7 +8,7 @@
 
 namespace prosparse {
 
-inline constexpr int kBatch = 256;  // tokens a prefill step takes through the layers together
+inline constexpr int kBatch = 128;  // tokens a prefill step takes through the layers together
 inline constexpr int kSegments =
     16;  // exact FFN: parts with a partial sum of their own, whatever the thread count
 
