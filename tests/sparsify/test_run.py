@@ -85,6 +85,19 @@ def test_mistakes_are_told_before_anything_slow(folders, capsys, options, messag
     assert message in capsys.readouterr().err
 
 
+def test_a_step_keeps_its_size(folders):
+    pytest.importorskip("torch")
+    import argparse
+
+    from prosparse.sparsify import run
+
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    options = ["--context", "32", "--batch-tokens", "384", "--micro", "8"]
+    config = run.train_config(parser.parse_args(options), None, bfloat16=False)
+    assert (config.sequences, config.micro_sequences) == (12, 6)
+
+
 def test_everything_must_be_given(capsys):
     assert cli.main(["sparsify"]) == 2
     assert "-m" in capsys.readouterr().err

@@ -95,6 +95,7 @@ def test_ablations(ablation):
 def test_presets_belong_to_their_models():
     preset = by_name("minicpm-s-1b")
     preset.check_model(hidden_size=1536, num_hidden_layers=52)
+    assert preset.matrix_rate == 1 / 6
     with pytest.raises(ValueError, match="30 of 576"):
         preset.check_model(hidden_size=576, num_hidden_layers=30)
     for wrong in ("minicpm", "minicpm-s-1b/no-such"):

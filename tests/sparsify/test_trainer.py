@@ -113,6 +113,15 @@ def test_the_schedule_of_lambda_is_followed(tiny_model, mixture, tmp_path):
     assert [line["lambda"] for line in lines(tmp_path)] == [schedule.at(step) for step in range(1, 13)]
 
 
+def test_matrices_may_learn_slower(tiny_model, mixture, tmp_path):
+    run = trainer(tiny_model(), mixture, config(1, matrix_rate=1e-6, clip=1e9), tmp_path, "relu")
+    before = {name: p.detach().clone() for name, p in run.student.model.named_parameters()}
+    run.run()
+    for name, parameter in run.student.model.named_parameters():
+        moved = (parameter - before[name]).abs().max().item()
+        assert moved < 1e-7 if parameter.ndim == 2 else moved > 1e-3, name
+
+
 def test_l1_lowers_x1(tiny_model, mixture, tmp_path):
     sums = {}
     for factor in (0.0, 2.0):

@@ -103,20 +103,16 @@ def to_model(trunk: Trunk, original: Model, type: str = "F32") -> Model:
     activation, common = _common(trunk.mlps[0].activation, thresholds)
     config = replace(original.config, activation=activation)
     parameters = dict(trunk.model.named_parameters()) | {"lm_head.weight": trunk.head}
-    tensors = {
-        name: _stored(parameters[name].detach(), type if len(shape) == 2 else "F32")
-        for name, shape in expected_tensors(config).items()
-    }
+    tensors = {name: _stored(parameters[name].detach(), "F32") for name in expected_tensors(config)}
     model = Model(config, tensors, original.tokenizer, original.name)
     if common is not None:
-        folded = fold_thresholds(model, [max(t, _SMALLEST) for t in thresholds], common)
-        # what folding computed is kept, in the wanted type
-        kept = {
-            name: tensor if tensor.type == type or len(tensor.shape) == 1 else _retyped(tensor, type)
-            for name, tensor in folded.tensors.items()
-        }
-        model = replace(folded, tensors=kept)
-    return model
+        model = fold_thresholds(model, [max(t, _SMALLEST) for t in thresholds], common)
+    # after folding, so that every weight is rounded once
+    rounded = {
+        name: _stored(torch.from_numpy(tensor.dequantize()), type) if len(tensor.shape) == 2 else tensor
+        for name, tensor in model.tensors.items()
+    }
+    return replace(model, tensors=rounded)
 
 
 def _common(name: str, thresholds: Sequence[float]) -> tuple[Activation, float | None]:
@@ -135,7 +131,3 @@ def _stored(values: Tensor, type: str) -> StoredTensor:
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[type]
     data = values.to("cpu", dtype).contiguous()
     return StoredTensor(type, tuple(data.shape), data.view(torch.uint8).numpy())
-
-
-def _retyped(tensor: StoredTensor, type: str) -> StoredTensor:
-    return _stored(torch.from_numpy(tensor.dequantize()), type)

@@ -50,14 +50,12 @@ def head_loss(
     chunk: int = CHUNK,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss with gradients, next-token loss, KL): means in nats over the tokens where `learn`.
+    """(loss with gradients, next-token loss, KL): means in nats over the tokens where `learn`, 0 without any.
 
     `hidden` [n, d] is what the head [vocab, d] multiplies; `targets` int64 [n]; `learn` bool [n].
     """
     if mix.distil and teacher is None:
         raise ValueError("distillation needs a teacher")
-    if not bool(learn.any()):
-        raise ValueError("no token of this batch is to be learnt")
     losses = _compiled_losses() if compiled else _losses
     result: tuple[Tensor, Tensor, Tensor] = _HeadLoss.apply(
         hidden, head, targets, learn, mix, teacher, chunk, losses
@@ -80,7 +78,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        share = learn.float() / learn.sum()
+        share = learn.float() / learn.sum().clamp(min=1)
         totals = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)

@@ -21,6 +21,12 @@ class Preset:
     threshold: float  # of FATReLU after training (Table 9 and the released configurations)
     sft_tokens_per_step: int | None = None
     shift: float | None = None  # of the shifted-ReLU baseline
+    mup_width: int | None = None  # muP: matrices learn at learning_rate * mup_width / hidden_size
+
+    @property
+    def matrix_rate(self) -> float:
+        """What matrices multiply the learning rate by."""
+        return self.mup_width / self.hidden_size if self.mup_width else 1.0
 
     def tokens_at(self, stage: Stage) -> int:
         """Tokens seen when `stage` ends."""
@@ -100,12 +106,12 @@ PRESETS = {
                 decay=(5e-2, 95000),
                 sft=(1e-2, 101000),
             ),
-            # 0.01 is in muP units: two-dimensional tensors divide it by hidden_size / 256
             learning_rate=LearningRate("wsd", 1e-2, 101000, stable_until=35000),
             tokens_per_step=1200 * CONTEXT,
             # "about 473.02 billion tokens within 101,000 steps"
             sft_tokens_per_step=1_013_333,
             threshold=0.03,
+            mup_width=256,
         ),
     )
 }

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dry-run", action="store_true", help="print the stages of --preset and stop")
     add("--tokens", type=float, default=50e6, metavar="N", help="tokens to train on, for --target [50e6]")
-    add("--context", type=int, default=1024, metavar="N", help="tokens a sequence [1024]")
+    add("--context", type=int, metavar="N", help="tokens a sequence [1024, or the preset's 4096]")
     add("--batch-tokens", type=int, metavar="N", help="tokens a step [65536, or the preset's]")
     add("--micro", type=int, default=8, metavar="N", help="sequences at a time; lower it to save memory [8]")
     add("--lr", type=float, metavar="X", help="peak learning rate [5e-4, or the preset's]")
@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights that are written [bf16]",
     )
     add("--device", help="torch device [cuda if there is one]")
-    add("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile: slower to start, three times faster steps on a GPU",
+    )
     add("--workers", type=int, metavar="N", help="processes that tokenise [one per core]")
     add("--seed", type=int, default=0, metavar="N")
     add("--json", action="store_true", help="end with one JSON object on the last line")
@@ -59,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     preset = presets.by_name(args.preset) if args.preset else None
+    if args.context is None:
+        args.context = presets.CONTEXT if preset else 1024
     if args.dry_run:
         if preset is None:
             raise ValueError("--dry-run shows the stages of a --preset; give one")
@@ -163,7 +169,8 @@ def train_config(args: argparse.Namespace, preset: presets.Preset | None, bfloat
 
     batch_tokens = args.batch_tokens or (preset.tokens_per_step if preset else 1 << 16)
     sequences = max(1, batch_tokens // args.context)
-    micro = min(args.micro, sequences)
+    # the step keeps its size: the largest part of at most --micro that divides it
+    micro = next(n for n in range(max(1, min(args.micro, sequences)), 0, -1) if sequences % n == 0)
     steps = preset.schedule.total_steps if preset else max(1, round(args.tokens / (sequences * args.context)))
     if preset:
         rate = replace(preset.learning_rate, peak=args.lr) if args.lr else preset.learning_rate
@@ -172,11 +179,12 @@ def train_config(args: argparse.Namespace, preset: presets.Preset | None, bfloat
         rate = LearningRate("cosine", args.lr or 5e-4, max(steps, 2), warmup_steps=warmup)
     return TrainConfig(
         steps=steps,
-        sequences=sequences // micro * micro,
+        sequences=sequences,
         micro_sequences=micro,
         learning_rate=rate,
         mix=LossMix(args.next_token, args.distil),
         schedule=preset.schedule if preset else None,
+        matrix_rate=preset.matrix_rate if preset else 1.0,
         control=None if preset else TargetControl(0.9 if args.target is None else args.target),
         document_mask=args.document_mask,
         bfloat16=bfloat16,

@@ -39,6 +39,7 @@ class TrainConfig:
     l1_norm: Norm = "mean"
     control: TargetControl | None = None
     concentration: float = 0.1  # weight of that regulariser, under control
+    matrix_rate: float = 1.0  # matrices multiply the learning rate by it (muP)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 1.0  # norm of the gradients
@@ -78,12 +79,13 @@ class Trainer:
         self.bad_steps = 0
         self._layers = len(student.mlps)
         self._thresholds = np.array([float(mlp.threshold) for mlp in student.mlps])
-        self._natural = np.zeros(
-            self._layers + 1
-        )  # sum of densities by layer while only ReLU acts, and steps
+        # while only ReLU acts: the sum of densities by layer, and the number of steps
+        self._natural = np.zeros(self._layers + 1)
         parameters = [p for p in student.model.parameters() if p.requires_grad]
+        matrices = [p for p in parameters if p.ndim == 2]
+        vectors = [p for p in parameters if p.ndim != 2]
         self._optimizer = torch.optim.AdamW(
-            parameters,
+            [{"params": matrices, "scale": config.matrix_rate}, {"params": vectors, "scale": 1.0}],
             lr=1.0,  # set before every step
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -126,7 +128,7 @@ class Trainer:
         rate = config.learning_rate.at(step)
         factor = config.schedule.at(step) if config.schedule else 0.0
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         totals = torch.zeros(3, device=self.device)
         zeros = torch.zeros(self._layers, device=self.device)
         parts = config.sequences // config.micro_sequences
