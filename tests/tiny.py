@@ -1,5 +1,6 @@
 """Small random models made in memory, with a tokenizer of one token a byte."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +69,10 @@ def make_tiny(
 
     Weights are scaled so that every part of the layer matters and logits spread by a few units: greedy
     choices then survive the rounding of any correct engine. Quantised types need sizes that are multiples
-    of 32.
+    of 32. Gemma is tied, and scales its embeddings, without being told.
     """
+    if architecture == "gemma":
+        tied, overrides = True, {"embedding_scale": math.sqrt(hidden)} | overrides
     config = ModelConfig(
         architecture=architecture,
         vocab_size=vocab,
@@ -99,6 +102,8 @@ def make_tiny(
             values *= 0.3
         else:
             gain = {"q_proj": 1.5, "k_proj": 1.5, "lm_head": 3.0, "embed_tokens": 1.0}
+            if architecture == "gemma":
+                gain["embed_tokens"] = 3.0 / math.sqrt(hidden)
             part = name.removesuffix(".weight").rpartition(".")[2]
             values *= gain.get(part, 1.0) / (1.0 if part == "embed_tokens" else np.sqrt(shape[1]))
         tensors[name] = stored(values, type if len(shape) == 2 else "F32")

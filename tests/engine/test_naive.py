@@ -8,6 +8,7 @@ import pytest
 from prosparse.engine.backend import core_config
 from prosparse.engine.naive import NaiveCache, NaiveModel
 from prosparse.model.model import Model
+from prosparse.model.names import less_one_in_hf
 from prosparse.model.rope import RopeScaling
 
 TOKENS = np.random.default_rng(1).integers(0, 256, 33).astype(np.int32)
@@ -34,7 +35,9 @@ def transformers_logits(model: Model, **changes: object) -> np.ndarray:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     c = model.config
-    kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}[c.architecture]
+    kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "gemma": "Gemma"}[
+        c.architecture
+    ]
     values = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
@@ -52,7 +55,9 @@ def transformers_logits(model: Model, **changes: object) -> np.ndarray:
     } | changes
     config = getattr(transformers, f"{kind}Config")(**values)
     reference = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    weights = {name: torch.from_numpy(t.dequantize()) for name, t in model.tensors.items()}
+    weights = {
+        name: torch.from_numpy(t.dequantize() - less_one_in_hf(c, name)) for name, t in model.tensors.items()
+    }
     if c.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     reference.load_state_dict(weights)
@@ -69,6 +74,8 @@ def transformers_logits(model: Model, **changes: object) -> np.ndarray:
         {"architecture": "mistral", "kv": 4},
         {"architecture": "qwen2", "bias": True},
         {"architecture": "qwen3", "qk_norm": True, "head_dim": 32},
+        {"architecture": "gemma", "act": "gelu", "head_dim": 32, "kv": 1},
+        {"architecture": "gemma", "act": "relu", "head_dim": 16, "kv": 4, "hidden": 52},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

@@ -7,8 +7,9 @@ import pytest
 
 from prosparse.engine.engine import LLM
 from prosparse.formats import open_model
+from prosparse.formats.convert import convert
 from prosparse.formats.hf import read_folder, write_folder
-from prosparse.formats.safetensors import write_safetensors
+from prosparse.formats.safetensors import read_safetensors, write_safetensors
 from prosparse.model.model import Tensor
 from prosparse.model.names import expected_tensors
 
@@ -43,6 +44,8 @@ def test_shards(tiny_model, folder):
         ("MistralForCausalLM", {"sliding_window": 64}),
         ("Qwen2ForCausalLM", {}),
         ("Qwen3ForCausalLM", {"head_dim": 32}),
+        ("GemmaForCausalLM", {"head_dim": 32}),
+        ("GemmaForCausalLM", {"head_dim": 16, "hidden_act": "relu"}),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
@@ -65,7 +68,14 @@ def test_what_transformers_saves(tmp_path, class_name, more, tied):
         **more,
     )
     theirs = getattr(transformers, class_name)(config).eval()
+    for name, values in theirs.named_parameters():
+        if name.endswith("norm.weight"):  # they are all alike in new models
+            torch.nn.init.normal_(values, values.mean().item(), 0.2)
     theirs.save_pretrained(tmp_path)
+    if class_name == "GemmaForCausalLM" and not tied:
+        with pytest.raises(ValueError, match="tie_word_embeddings must be true for gemma"):
+            open_model(tmp_path)
+        return
     model = open_model(tmp_path)
     assert model.tokenizer.source == "none"
     tokens = list(range(20))
@@ -73,6 +83,33 @@ def test_what_transformers_saves(tmp_path, class_name, more, tied):
         expected = theirs(torch.tensor([tokens])).logits[0].numpy()
     logits = LLM(model, backend="naive").forward(tokens, all_logits=True)
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_norms_of_gemma_keep_their_bits(tiny_model, tmp_path):
+    """transformers stores them less 1, and 1 + w - 1 is not w for small w; GGUF has what multiplies."""
+    rng = np.random.default_rng(0)
+    stored = rng.standard_normal(96, np.float32) * np.float32(10) ** rng.integers(-12, 3, 96, np.int32)
+    stored = stored.astype(np.float32)
+    model = tiny_model("gemma", act="gelu", head_dim=32)
+    write_folder(tmp_path / "a", model, "F32")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = {name: Tensor(t.type, t.shape, t.data.copy()) for name, t in read_safetensors(file).items()}
+    write_safetensors(file, tensors | {"model.norm.weight": Tensor("F32", (96,), stored.view(np.uint8))})
+    first = read_folder(tmp_path / "a")
+    assert np.array_equal(first.tensors["model.norm.weight"].dequantize(), 1 + stored)
+
+    convert(tmp_path / "a", tmp_path / "b")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    # a GGUF file holds 1 + w, whose own way to a folder and back is exact
+    convert(tmp_path / "a", tmp_path / "a.gguf")
+    convert(tmp_path / "a.gguf", tmp_path / "c")
+    convert(tmp_path / "c", tmp_path / "c.gguf")
+    for path in ("a.gguf", "c", "c.gguf"):
+        again = open_model(tmp_path / path)
+        assert again.config == model.config
+        for name, tensor in first.tensors.items():
+            assert np.array_equal(again.tensors[name].data, tensor.data), (path, name)
 
 
 def test_end_tokens_of_both_files(folder):

@@ -17,6 +17,7 @@ MODELS = {
     "minicpm": {"embedding_scale": 12.0, "residual_scale": 0.5, "logit_scale": 6.0, "tied": True},
     "qwen2": {"bias": True},
     "qwen3": {"qk_norm": True, "head_dim": 32},
+    "gemma": {"act": "gelu", "head_dim": 64, "kv": 1},
     "llama linear": {"rope_scaling": RopeScaling("linear", factor=4.0)},
     "llama yarn": {"rope_scaling": RopeScaling("yarn", factor=4.0, original_max_position_embeddings=128)},
     "llama llama3": {"rope_scaling": RopeScaling("llama3", factor=8.0, original_max_position_embeddings=128)},

@@ -59,6 +59,32 @@ MINICPM_S = {
     "transformers_version": "4.36.0",
 }
 
+GEMMA = {
+    "architectures": ["GemmaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "hidden_activation": None,
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 24576,
+    "max_position_embeddings": 8192,
+    "model_type": "gemma",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 16,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 256000,
+}
+
 
 def qwen(kind, **more):
     sizes = {k: v for k, v in LLAMA.items() if k not in ("rope_interleaved", "mlp_bias", "attention_bias")}
@@ -96,7 +122,70 @@ def test_qwen():
     assert (three.attention_bias, three.qk_norm) == (False, True)
 
 
-@pytest.mark.parametrize("class_name", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config"])
+def test_gemma():
+    config = ModelConfig.from_hf(GEMMA)
+    assert (config.architecture, config.head_dim, config.tie_word_embeddings) == ("gemma", 256, True)
+    assert config.embedding_scale == math.sqrt(3072)
+    metadata = config.to_gguf()
+    assert metadata["gemma.attention.key_length"] == metadata["gemma.attention.value_length"] == 256
+    assert "gemma.embedding_scale" not in metadata  # llama.cpp knows it by the architecture
+
+
+@pytest.mark.parametrize(
+    ("act", "activation", "expected"),
+    [
+        ("gelu", None, "gelu"),
+        (None, None, "gelu"),
+        (None, "gelu_pytorch_tanh", "gelu"),
+        ("gelu", "gelu_pytorch_tanh", "gelu"),
+        ("gelu_pytorch_tanh", None, "gelu"),
+        ("gelu_pytorch_tanh", "relu", "relu"),
+        ("relu", None, "relu"),
+        ("relu", "relu", "relu"),
+        ("silu", None, "silu"),
+    ],
+)
+def test_activation_of_gemma(act, activation, expected):
+    config = ModelConfig.from_hf(GEMMA | {"hidden_act": act, "hidden_activation": activation})
+    assert config.activation == Activation(expected)
+    assert ModelConfig.from_hf(config.to_hf()) == ModelConfig.from_gguf(config.to_gguf()) == config
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "gemma3_text", "gemma3n"])
+def test_later_gemmas_are_refused(kind):
+    with pytest.raises(ValueError, match=f"{kind}.*soft-capping"):
+        ModelConfig.from_hf(GEMMA | {"model_type": kind})
+    with pytest.raises(ValueError, match=f"{kind}.*soft-capping"):
+        ModelConfig.from_gguf({"general.architecture": kind})
+
+
+def test_gemma_of_other_programs_is_gelu():
+    metadata = ModelConfig.from_hf(GEMMA).to_gguf()
+    for name in ("prosparse.hidden_act", "prosparse.hidden_act_param", "gemma.hidden_activation"):
+        del metadata[name]
+    assert ModelConfig.from_gguf(metadata) == ModelConfig.from_hf(GEMMA)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu", "hidden_activation": "gelu_pytorch_tanh"}, "contradicts"),
+        ({"hidden_activation": "gelu"}, "erf"),
+        ({"hidden_act": "fatrelu"}, "needs hidden_act_param"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings must be true"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"head_dim": None}, "head_dim is missing"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    ],
+)
+def test_gemma_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(GEMMA | change)
+
+
+@pytest.mark.parametrize(
+    "class_name", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config", "GemmaConfig"]
+)
 @pytest.mark.parametrize("use_diff", [True, False])
 def test_what_transformers_writes_is_read(class_name, use_diff):
     transformers = pytest.importorskip("transformers")
@@ -137,7 +226,8 @@ def test_qwen_slides_from_a_layer_on():
         ({"hidden_act": "gelu"}, "erf"),
         ({"hidden_act": "relu2"}, "unknown activation 'relu2'"),
         ({"hidden_act": "fatrelu"}, "hidden_act_param"),
-        ({"model_type": "gemma"}, "model_type 'gemma'"),
+        ({"model_type": "phi"}, "model_type 'phi'"),
+        ({"hidden_activation": "silu"}, "hidden_activation"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_size": "576"}, "hidden_size"),
         ({"hidden_size": True}, "hidden_size"),
@@ -182,6 +272,7 @@ def configs(draw):
     act = draw(st.sampled_from(["silu", "relu", "gelu", "fatrelu", "shiftrelu"]))
     kv, group, half = (draw(st.integers(1, 4)) for _ in range(3))
     scale = st.integers(1, 1000).map(lambda n: n / 64) if architecture == "minicpm" else st.just(1.0)
+    hidden = draw(st.integers(1, 10**5))
     context = draw(st.integers(1, 1 << 20))
     scaling = st.sampled_from(
         [
@@ -194,7 +285,7 @@ def configs(draw):
     return ModelConfig(
         architecture=architecture,
         vocab_size=draw(st.integers(10, 10**6)),
-        hidden_size=draw(st.integers(1, 10**5)),
+        hidden_size=hidden,
         intermediate_size=draw(st.integers(1, 10**5)),
         num_hidden_layers=draw(st.integers(1, 200)),
         num_attention_heads=kv * group,
@@ -204,12 +295,14 @@ def configs(draw):
         rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6])),
         rope_theta=draw(st.sampled_from([1e4, 5e5, 1e6])),
         rope_scaling=draw(scaling),
-        sliding_window=draw(st.none() | st.integers(1, 1 << 20)) if architecture != "minicpm" else None,
-        tie_word_embeddings=draw(st.booleans()),
+        sliding_window=draw(st.none() | st.integers(1, 1 << 20))
+        if architecture not in ("minicpm", "gemma")
+        else None,
+        tie_word_embeddings=architecture == "gemma" or draw(st.booleans()),
         attention_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         activation=Activation(act, draw(st.sampled_from([0.01, 0.03, -2.5])) if "tr" in act else 0.0),
-        embedding_scale=draw(scale),
+        embedding_scale=math.sqrt(hidden) if architecture == "gemma" else draw(scale),
         residual_scale=draw(scale),
         logit_scale=draw(scale),
         bos_token_id=draw(st.none() | st.integers(0, 9)),
@@ -267,7 +360,7 @@ def test_activation_key_of_other_programs(name, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general__architecture": "gemma"}, "general.architecture 'gemma'"),
+        ({"general__architecture": "phi2"}, "general.architecture 'phi2'"),
         ({"general__architecture": None}, "general.architecture None"),
         ({"prosparse__hidden_act": "fatrelu"}, "fatrelu"),
         ({"prosparse__hidden_act": "relu6"}, "unknown activation 'relu6'"),
@@ -315,7 +408,9 @@ MORE_GGUF = [f"rope.scaling.{key}" for key in ("type", "factor", "original_conte
 
 @given(st.data())
 def test_odd_values_never_crash(data):
-    base = data.draw(st.sampled_from([LLAMA, MINICPM_S, qwen("qwen2"), LLAMA | {"model_type": "mistral"}]))
+    base = data.draw(
+        st.sampled_from([LLAMA, MINICPM_S, GEMMA, qwen("qwen2"), LLAMA | {"model_type": "mistral"}])
+    )
     change = data.draw(st.dictionaries(st.sampled_from([*base, *MORE_HF]), ODD, max_size=3))
     try:
         config = ModelConfig.from_hf(base | change)
@@ -327,7 +422,7 @@ def test_odd_values_never_crash(data):
 
 @given(st.data())
 def test_odd_gguf_values_never_crash(data):
-    base = ModelConfig.from_hf(data.draw(st.sampled_from([LLAMA, MINICPM_S]))).to_gguf()
+    base = ModelConfig.from_hf(data.draw(st.sampled_from([LLAMA, MINICPM_S, GEMMA]))).to_gguf()
     more = [f"{base['general.architecture']}.{key}" for key in MORE_GGUF]
     change = data.draw(
         st.dictionaries(st.sampled_from([*base, *more, "tokenizer.ggml.tokens"]), ODD, max_size=3)

@@ -5,7 +5,7 @@ import pytest
 from prosparse.model import names
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "minicpm"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "minicpm", "gemma"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_expected_name_translates_both_ways(tiny_model, architecture, tied):
     config = tiny_model(
@@ -15,7 +15,7 @@ def test_every_expected_name_translates_both_ways(tiny_model, architecture, tied
     gguf = {names.to_gguf(name): name for name in expected}
     assert None not in gguf and len(gguf) == len(expected)
     assert all(names.from_gguf(name) == hf for name, hf in gguf.items())
-    assert ("lm_head.weight" in expected) != tied
+    assert ("lm_head.weight" in expected) != (tied or architecture == "gemma")
 
 
 def test_examples():
@@ -48,3 +48,12 @@ def test_interleaved_heads(tiny_model):
     q, k, v = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv")
     assert [names.interleaved_heads(llama, name) for name in (q, k, v)] == [4, 2, 0]
     assert [names.interleaved_heads(qwen, name) for name in (q, k, v)] == [0, 0, 0]
+    assert names.interleaved_heads(tiny_model("gemma").config, q) == 0
+
+
+def test_only_norms_of_gemma_are_stored_less_one(tiny_model):
+    for architecture in ("llama", "gemma"):
+        config = tiny_model(architecture).config
+        less = {name for name in names.expected_tensors(config) if names.less_one_in_hf(config, name)}
+        assert len(less) == (5 if architecture == "gemma" else 0)
+        assert all(name.endswith("norm.weight") for name in less)

@@ -159,10 +159,10 @@ def main(args: argparse.Namespace) -> int:
     model = convert(args.source, args.target, kind, fold=args.fold, pure=args.pure)
     seconds = time.monotonic() - start
     act = model.config.activation
-    if act.name != "silu" and Path(args.target).suffix == ".gguf":
-        print(
-            f"note: llama.cpp ignores hidden_act {act.name} and would run this file as silu", file=sys.stderr
-        )
+    theirs = "gelu" if model.config.architecture == "gemma" else "silu"
+    if act.name != theirs and Path(args.target).suffix == ".gguf":
+        note = f"note: llama.cpp ignores hidden_act {act.name} and would run this file as {theirs}"
+        print(note, file=sys.stderr)
     print(f"{args.target}: {model.size_bytes / 1e6:.1f} MB of weights in {seconds:.1f} s")
     if args.json:
         result = {"target": str(args.target), "size_bytes": model.size_bytes, "seconds": round(seconds, 3)}

@@ -12,6 +12,7 @@ from prosparse.formats.quants import check_scales
 from prosparse.formats.safetensors import read_safetensors, write_safetensors
 from prosparse.model.config import ModelConfig
 from prosparse.model.model import Model, Tensor
+from prosparse.model.names import less_one_in_hf
 from prosparse.model.tokenizer import TokenizerData
 
 _WEIGHTS = "model.safetensors"
@@ -37,11 +38,30 @@ def read_folder(folder: Path) -> Model:
             check_scales(name, tensor)
             if len(tensor.shape) == 1 and tensor.type != "F32":
                 tensors[name] = Tensor("F32", tensor.shape, tensor.dequantize().view(np.uint8))
+            if less_one_in_hf(config, name):
+                tensors[name] = _OnePlus(tensors[name])
         tokenizer = TokenizerData("hf", {}, folder) if _has_tokenizer(folder) else TokenizerData("none")
         return Model(config, tensors, tokenizer, folder.resolve().name)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(str(folder)) else f"{folder}: {message}") from None
+
+
+class _OnePlus(Tensor):
+    """A vector of which the folder stores one less. It is kept: (1 + w) - 1 is not w for small w."""
+
+    __slots__ = ("stored",)
+
+    def __init__(self, stored: Tensor) -> None:
+        super().__init__("F32", stored.shape, (1 + stored.dequantize()).view(np.uint8))
+        self.stored = stored
+
+
+def _less_one(tensor: Tensor) -> Tensor:
+    """The inverse, exact also for what was 1 + w in a GGUF file."""
+    if isinstance(tensor, _OnePlus):
+        return tensor.stored
+    return Tensor("F32", tensor.shape, (tensor.dequantize() - 1).view(np.uint8))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,13 +117,17 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def write_folder(folder: Path, model: Model, dtype: str, shard_bytes: int = 5_000_000_000) -> None:
     """Write a model of float tensors as an HF folder. The config, without which it does not open, comes last.
 
-    `dtype` ("F32", "F16", "BF16") goes into config.json.
+    `dtype` ("F32", "F16", "BF16") goes into config.json. With an activation or architecture that
+    transformers lacks (fatrelu, shiftrelu; minicpm), the code that adds it is written too: `from_pretrained`
+    runs it if given trust_remote_code=True, and else refuses the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.tokenizer.write_hf(folder)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in model.tensors.items():
+        if less_one_in_hf(model.config, name):
+            tensor = _less_one(tensor)
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
@@ -118,7 +142,26 @@ def write_folder(folder: Path, model: Model, dtype: str, shard_bytes: int = 5_00
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": model.size_bytes}, "weight_map": weight_map}
         _write_json(folder / _INDEX, index)
-    _write_json(folder / "config.json", model.config.to_hf() | {"torch_dtype": _DTYPES[dtype]})
+    values = model.config.to_hf() | {"torch_dtype": _DTYPES[dtype]}
+    if model.config.architecture == "minicpm" or model.config.activation.name in ("fatrelu", "shiftrelu"):
+        values["auto_map"] = _write_modules(folder, values["architectures"][0])
+    _write_json(folder / "config.json", values)
+
+
+def _write_modules(folder: Path, native: str) -> dict[str, str]:
+    """Writes the module that adds activations to transformers' class `native`; returns `auto_map`, which
+    points to it. MiniCPM, of which transformers has no class, gets one of its own on top."""
+    names, minicpm = ["modeling_prosparse"], native == "MiniCPMForCausalLM"
+    if minicpm:
+        names.append("modeling_prosparse_minicpm")
+    for name in names:
+        text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        if not minicpm:
+            text = text.replace("LlamaForCausalLM", native)
+        with written_whole(folder / f"{name}.py") as file:
+            file.write(text.encode())
+    auto_map = {"AutoModelForCausalLM": f"{names[-1]}.ProSparse{native}"}
+    return auto_map | ({"AutoConfig": f"{names[-1]}.ProSparseMiniCPMConfig"} if minicpm else {})
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

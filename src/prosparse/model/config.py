@@ -10,7 +10,7 @@ import numpy as np
 from prosparse.model.activation import Activation
 from prosparse.model.rope import RopeScaling
 
-ARCHITECTURES = ("llama", "minicpm", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "minicpm", "mistral", "qwen2", "qwen3", "gemma")
 
 # greatest believable sizes: what a damaged file asks for must not be allocated
 _SIZES = {
@@ -46,7 +46,7 @@ class ModelConfig:
     attention_bias: bool = False  # on q, k and v only, as in Qwen2
     qk_norm: bool = False  # RMS norm of each q and k head, as in Qwen3
     activation: Activation = field(default_factory=Activation)
-    embedding_scale: float = 1.0  # embeddings are multiplied by it (MiniCPM scale_emb)
+    embedding_scale: float = 1.0  # embeddings are multiplied by it (MiniCPM scale_emb, Gemma sqrt(hidden))
     residual_scale: float = 1.0  # attention and FFN outputs are multiplied by it (scale_depth / sqrt(layers))
     logit_scale: float = 1.0  # logits are divided by it (hidden_size / dim_model_base)
     bos_token_id: int | None = None
@@ -72,6 +72,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not (_is_number(value) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive finite number, not {value!r}")
+        if self.architecture == "gemma" and not self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be true for gemma: llama.cpp knows no other")
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be greater than 1, not {self.rope_theta}")
         for token in (self.bos_token_id, *self.eos_token_ids):
@@ -130,6 +132,8 @@ class ModelConfig:
         }
         if self.architecture != "minicpm":
             implied |= {"embedding_scale": 1, "residual_scale": 1, "logit_scale": 1}
+        if self.architecture == "gemma":
+            implied["embedding_scale"] = math.sqrt(self.hidden_size)
         for name, value in implied.items():
             if getattr(self, name) != value:
                 raise ValueError(f"a {self.architecture} file cannot hold {name} = {getattr(self, name)}")

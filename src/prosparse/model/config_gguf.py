@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from prosparse.model.config import ModelConfig
 
 # `mistral` is written as `llama`, as llama.cpp does: the two differ in nothing but sliding_window
-_ARCHITECTURES = ("llama", "minicpm", "qwen2", "qwen3")
+_ARCHITECTURES = ("llama", "minicpm", "qwen2", "qwen3", "gemma")
 _INTEGERS = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -30,6 +30,11 @@ def fields_from_gguf(
     metadata: Mapping[str, Any], tied: bool, rope_factors: tuple[float, ...]
 ) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
+    if isinstance(architecture, str) and architecture.startswith("gemma") and architecture != "gemma":
+        raise ValueError(
+            f"general.architecture {architecture!r} is not supported, only the first gemma is: "
+            "later ones have further norms, soft-capping or layers of two kinds"
+        )
     if architecture not in _ARCHITECTURES:
         raise ValueError(
             f"general.architecture {architecture!r} is not supported: {', '.join(_ARCHITECTURES)} are"
@@ -46,7 +51,7 @@ def fields_from_gguf(
         value = keys.pop(name, default)
         if value is None:
             raise ValueError(f"{prefix}{name} is missing")
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**64:
             raise ValueError(f"{prefix}{name} must be one integer, not {value!r:.80}")
         return value
 
@@ -96,6 +101,8 @@ def fields_from_gguf(
 
 def _decimal(value: float) -> float:
     """The shortest decimal with the same float32: GGUF's 9.99999974e-06 is the 1e-05 that HF writes."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ValueError(f"{value!r:.80} is no number that a GGUF file can hold")
     with np.errstate(over="ignore"):
         return float(str(np.float32(value)))
 
@@ -104,12 +111,12 @@ def _activation(metadata: Mapping[str, Any], other: Any, prefix: str) -> Activat
     """From `prosparse.hidden_act` or, for files of other programs, `<arch>.hidden_activation`."""
     own = metadata.get("prosparse.hidden_act")
     param = metadata.get("prosparse.hidden_act_param")
-    if isinstance(param, float):
+    if isinstance(param, int | float) and not isinstance(param, bool):
         param = _decimal(param)
     if own is None and other is None:
         if param is not None:
             raise ValueError("prosparse.hidden_act_param is there, but prosparse.hidden_act is missing")
-        return Activation()
+        return Activation("gelu" if prefix == "gemma." else "silu")  # what llama.cpp runs such a file with
     activation = Activation.parse(own if own is not None else other, param)
     if own is not None and other is not None:
         base = other.partition("_")[0] if isinstance(other, str) else other
@@ -122,7 +129,10 @@ def _activation(metadata: Mapping[str, Any], other: Any, prefix: str) -> Activat
 def _scales(
     keys: dict[str, Any], prefix: str, architecture: str, layers: int, hidden: int
 ) -> dict[str, float]:
-    """MiniCPM's three factors. The oldest MiniCPM files lack them: those models all had the same."""
+    """MiniCPM's three factors, and Gemma's of the embeddings, which no file names.
+
+    The oldest MiniCPM files lack them: those models all had the same.
+    """
     found = {name: keys.pop(name) for name in _SCALES if name in keys}
     for name, value in found.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -130,7 +140,7 @@ def _scales(
     if architecture != "minicpm":
         if any(value not in (0, 1) for value in found.values()):
             raise ValueError(f"{prefix}{next(iter(found))} is only supported for minicpm")
-        return {}
+        return {"embedding_scale": math.sqrt(hidden)} if architecture == "gemma" else {}
     if not found:
         return {
             "embedding_scale": _SCALES["embedding_scale"],

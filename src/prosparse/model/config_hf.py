@@ -16,6 +16,7 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
 }
 _MODEL_TYPES = {name: name for name in _CLASSES} | {"sparsellama": "llama"}
 
@@ -37,6 +38,7 @@ _MUST_BE = {
     "rope_interleaved": False,
     "add_cross_attention": False,
     "tie_encoder_decoder": False,
+    "use_bidirectional_attention": False,
 }
 _ROPE_KEYS = {
     "linear": {"factor"},
@@ -99,16 +101,16 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.pop("num_key_value_heads", int, heads if plain else ...),
-        "head_dim": keys.pop("head_dim", int, ... if architecture == "qwen3" else hidden // heads),
+        "head_dim": keys.pop("head_dim", int, ... if architecture in ("qwen3", "gemma") else hidden // heads),
         "max_position_embeddings": context,
         "rms_norm_eps": keys.pop("rms_norm_eps", float),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "sliding_window": _sliding_window(keys, architecture, layers),
-        "tie_word_embeddings": keys.pop("tie_word_embeddings", bool, architecture == "minicpm"),
+        "tie_word_embeddings": keys.pop("tie_word_embeddings", bool, architecture in ("minicpm", "gemma")),
         "attention_bias": bias,
         "qk_norm": architecture == "qwen3",
-        "activation": _activation(keys),
+        "activation": _activation(keys, architecture),
         "bos_token_id": keys.pop("bos_token_id", int, None),
         "eos_token_ids": _tokens(keys, "eos_token_id"),
     }
@@ -118,6 +120,8 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
             "residual_scale": keys.pop("scale_depth", float) / math.sqrt(layers),
             "logit_scale": hidden / (keys.pop("dim_model_base", float) or math.nan),
         }
+    if architecture == "gemma":
+        fields["embedding_scale"] = math.sqrt(hidden)
     if unknown := sorted(k for k, v in keys.left.items() if v is not None):
         raise ValueError(
             f"config.json: {unknown[0]} = {keys.left[unknown[0]]!r:.80} is unknown for {architecture}, "
@@ -131,18 +135,35 @@ def _architecture(config: Mapping[str, Any]) -> str:
     kind, classes = config.get("model_type"), config.get("architectures")
     if kind is None and isinstance(classes, list) and len(classes) == 1:
         kind = next((name for name, cls in _CLASSES.items() if cls == classes[0]), classes[0])
+    if isinstance(kind, str) and kind.lower().startswith("gemma") and kind != "gemma":
+        raise ValueError(
+            f"config.json: model_type {kind!r} is not supported, only the first gemma is: later ones have "
+            "further norms, soft-capping or layers of two kinds"
+        )
     if not isinstance(kind, str) or kind not in _MODEL_TYPES:
         raise ValueError(f"config.json: model_type {kind!r} is not supported: {', '.join(_MODEL_TYPES)} are")
     return _MODEL_TYPES[kind]
 
 
-def _activation(keys: _Keys) -> Activation:
-    name, param = keys.pop("hidden_act", str, "silu"), keys.pop("hidden_act_param", float, None)
+def _activation(keys: _Keys, architecture: str) -> Activation:
+    name = _gemma_activation(keys) if architecture == "gemma" else keys.pop("hidden_act", str, "silu")
+    param = keys.pop("hidden_act_param", float, None)
     if name == "gelu":
         raise ValueError(
             "config.json: hidden_act 'gelu' is the erf form, which is not supported (gelu_pytorch_tanh is)"
         )
     return Activation.parse(name, param)
+
+
+def _gemma_activation(keys: _Keys) -> str:
+    """`hidden_activation`, where given, wins over `hidden_act`, whose "gelu" always meant the tanh form."""
+    tanh = "gelu_pytorch_tanh"
+    act = keys.pop("hidden_act", str, tanh)
+    act = tanh if act == "gelu" else act
+    name = keys.pop("hidden_activation", str, act)
+    if act not in (tanh, name):
+        raise ValueError(f"config.json: hidden_act {act!r} contradicts hidden_activation {name!r}")
+    return name
 
 
 def _tokens(keys: _Keys, key: str) -> tuple[int, ...]:
@@ -249,8 +270,10 @@ def fields_to_hf(config: "ModelConfig") -> dict[str, Any]:
         "hidden_act": "gelu_pytorch_tanh" if act.name == "gelu" else act.name,
         "bos_token_id": config.bos_token_id,
     }
-    if act.param:
+    if act.name in ("fatrelu", "shiftrelu"):
         fields["hidden_act_param"] = act.param
+    if architecture == "gemma":
+        fields["hidden_activation"] = fields["hidden_act"]  # transformers 4 reads this, 5 the other
     match config.eos_token_ids:
         case ():
             fields["eos_token_id"] = None

@@ -76,12 +76,20 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
+def less_one_in_hf(config: ModelConfig, name: str) -> bool:
+    """Whether transformers keeps this weight less 1: Gemma's norms, which multiply by 1 + weight there.
+
+    A `Model` holds what norms multiply by, as GGUF does.
+    """
+    return config.architecture == "gemma" and name.endswith("norm.weight")
+
+
 def interleaved_heads(config: ModelConfig, name: str) -> int:
     """Heads of a q or k projection whose rows GGUF stores pair-interleaved (0: stored as in HF).
 
     llama.cpp's llama and minicpm graphs rotate neighbouring rows, so its converter reorders these.
     """
-    if config.architecture in ("qwen2", "qwen3") or not name.endswith("weight"):
+    if config.architecture in ("qwen2", "qwen3", "gemma") or not name.endswith("weight"):
         return 0
     if ".q_proj." in name:
         return config.num_attention_heads

@@ -112,6 +112,8 @@ def write_folder(metadata: Mapping[str, Any], folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(SentencePieceModel.from_gguf(metadata).serialize())
         # llama.cpp, and so GGUF, puts a space in front of the text after every control token
         config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+        if not metadata.get("tokenizer.ggml.add_space_prefix", True):
+            config["add_prefix_space"] = False
         config["added_tokens_decoder"] = {
             str(i): {"content": token, "special": kind != TokenType.USER_DEFINED, **_PLAIN_MATCH}
             for i, (token, kind) in enumerate(
