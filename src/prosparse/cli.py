@@ -19,6 +19,8 @@ VERBS = {
     "inspect": ("prosparse.formats.inspect", "show what is in a model file"),
     "convert": ("prosparse.formats.convert", "convert and quantise between GGUF and Hugging Face folders"),
     "sparsify": ("prosparse.sparsify.run", "make a Swish model sparse by training"),
+    "threshold": ("prosparse.sparsify.threshold", "raise the thresholds of a sparse model, without training"),
+    "stats": ("prosparse.sparsify.stats", "measure sparsity by layer and corpus, and find hot neurons"),
     "perplexity": ("prosparse.evaluate.perplexity", "measure perplexity on a text"),
     "demo": ("prosparse.engine.demo", "the whole thing on a small real model"),
 }
