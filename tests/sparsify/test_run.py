@@ -23,7 +23,11 @@ sft           0.01   101,000            473.02
 
 def test_the_stage_table_of_the_card(capsys):
     assert cli.main(["sparsify", "--preset", "minicpm-s-1b", "--dry-run"]) == 0
-    assert capsys.readouterr().out == CARD
+    out = capsys.readouterr().out
+    assert out.startswith(CARD)
+    chart = out.removeprefix(CARD).splitlines()
+    assert chart[1].split("│")[0].strip() == "0.05"
+    assert chart[-1].endswith("101,000")
 
 
 @pytest.fixture
@@ -71,7 +75,15 @@ def test_from_text_to_a_sparse_model(folders, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset", "minicpm-s-1b"], "is for 52 layers of width 1536; this model has 2 of 96"),
+        (["--preset", "minicpm-s-1b"], "give --sft-data"),
+        (
+            ["--preset", "minicpm-s-1b", "--sft-data", "x"],
+            "is for 52 layers of width 1536; this model has 2 of 96",
+        ),
+        (["--sft-data", "x"], "for presets with such a stage"),
+        (["--self-data", "many"], "N or N:WEIGHT"),
+        (["--log", "paper"], "unknown logger 'paper'"),
+        (["--lora", "0"], "at least 1"),
         (["--preset", "nothing"], "unknown preset 'nothing'"),
         (["--target", "1.5"], "between 0 and 1"),
         (["--data", "nowhere.jsonl"], "does not exist"),
@@ -89,13 +101,19 @@ def test_a_step_keeps_its_size(folders):
     pytest.importorskip("torch")
     import argparse
 
-    from prosparse.sparsify import run
+    from prosparse.sparsify import run, settings
 
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
     options = ["--context", "32", "--batch-tokens", "384", "--micro", "8"]
-    config = run.train_config(parser.parse_args(options), None, bfloat16=False)
-    assert (config.sequences, config.micro_sequences) == (12, 6)
+    args = parser.parse_args([*options, "--data", "x"])
+    reads = settings.readings(args, None)
+    assert reads[0].sequences == 12
+    for processes, micro in [(1, 6), (2, 6), (3, 4), (4, 3), (12, 1)]:
+        config = settings.train_config(args, None, reads, bfloat16=False, processes=processes)
+        assert config.micro_sequences == micro
+    with pytest.raises(ValueError, match="shared evenly by 5"):
+        settings.train_config(args, None, reads, bfloat16=False, processes=5)
 
 
 def test_everything_must_be_given(capsys):

@@ -16,9 +16,10 @@ hf_model = pytest.importorskip("prosparse.sparsify.hf_model")
 from prosparse.sparsify import checkpoint  # noqa: E402
 from prosparse.sparsify.batches import Mixture  # noqa: E402
 from prosparse.sparsify.controller import TargetControl  # noqa: E402
+from prosparse.sparsify.distributed import World  # noqa: E402
 from prosparse.sparsify.losses import LossMix  # noqa: E402
 from prosparse.sparsify.schedule import LambdaSchedule, LearningRate  # noqa: E402
-from prosparse.sparsify.trainer import TrainConfig, Trainer  # noqa: E402
+from prosparse.sparsify.trainer import Feed, TrainConfig, Trainer  # noqa: E402
 
 CONTEXT = 32
 
@@ -50,7 +51,6 @@ def with_activation(model: Model, activation: Activation) -> Model:
 def config(steps: int = 12, **changes) -> TrainConfig:
     values = {
         "steps": steps,
-        "sequences": 4,
         "micro_sequences": 2,
         "learning_rate": LearningRate("constant", 3e-3, steps),
         "checkpoint_every": 5,
@@ -63,7 +63,7 @@ def trainer(
 ) -> Trainer:
     student = hf_model.load(with_activation(model, Activation(activation, 0.0)))
     teacher = hf_model.load(model) if config.mix.distil else None
-    return Trainer(student, teacher, mixture, config, folder)
+    return Trainer(student, teacher, [Feed(mixture, 4, config.steps)], config, folder)
 
 
 def lines(folder) -> list[dict]:
@@ -158,11 +158,10 @@ def test_a_broken_run_goes_on_as_if_unbroken(tiny_model, mixture, tmp_path, stop
 def test_half_written_checkpoints_are_not_seen(tiny_model, mixture, tmp_path):
     trainer(tiny_model(), mixture, config(5), tmp_path).run()
     folder = tmp_path / "checkpoints"
-    half = folder / ".step-00000099.1"
+    half = folder / ".step-00000099.part"
     half.mkdir()
-    (half / "state.pt").write_bytes(b"cut off")
-    step, _ = checkpoint.load_latest(folder)
-    assert step == 5
+    (half / "__0_0.distcp").write_bytes(b"cut off")
+    assert checkpoint.latest(folder, World()).name == "step-00000005"
     assert not half.exists()
 
 
@@ -211,12 +210,20 @@ def test_what_was_trained_runs_in_the_engine(tiny_model, mixture, tmp_path, tied
 def test_bad_configurations(tiny_model, mixture, tmp_path):
     for changes, match in [
         ({"steps": 0}, "steps"),
-        ({"sequences": 3}, "multiple"),
         ({"schedule": LambdaSchedule.constant(1, 0.1, 2), "control": TargetControl(0.9)}, "not both"),
     ]:
         with pytest.raises(ValueError, match=match):
             config(**{"steps": 12} | changes) if "steps" in changes else config(**changes)
     student = hf_model.load(tiny_model())
+    feeds = [Feed(mixture, 4, 12)]
     with pytest.raises(ValueError, match="original"):
-        Trainer(student, None, mixture, config(), tmp_path)
-    Trainer(student, None, mixture, config(mix=LossMix(1.0, 0.0)), tmp_path)
+        Trainer(student, None, feeds, config(), tmp_path)
+    text_only = config(mix=LossMix(1.0, 0.0))
+    for wrong, match in [
+        ([Feed(mixture, 3, 12)], "multiple"),
+        ([Feed(mixture, 4, 11)], "rise"),
+        ([], "rise"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            Trainer(student, None, wrong, text_only, tmp_path)
+    Trainer(student, None, feeds, text_only, tmp_path)

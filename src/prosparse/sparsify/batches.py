@@ -3,7 +3,8 @@
 So a run resumes at any step without replaying, and any number of processes sees the same data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,10 @@ class Batch:
 
 
 class Mixture:
-    """Packed sequences drawn from stores by weight. Each store's blocks are shuffled anew every epoch."""
+    """Packed sequences drawn from stores by weight. Each store's blocks are shuffled anew every epoch.
+
+    The last `held_out` blocks of each store, but no more than an eighth, are never trained on.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class Mixture:
         context: int,
         seed: int,
         vocab_size: int,
+        held_out: int = 0,
     ) -> None:
         if not stores or len(stores) != len(weights):
             raise ValueError(f"{len(stores)} data sources and {len(weights)} weights: give one of each")
@@ -52,6 +57,9 @@ class Mixture:
         self._stores = list(stores)
         self._shares = np.cumsum(weights) / np.sum(weights)
         self.context, self._seed = context, seed
+        whole = [(len(store.tokens) - 1) // context for store in stores]
+        self._held_out = [min(held_out, blocks // 8) for blocks in whole]
+        self._blocks = [blocks - held for blocks, held in zip(whole, self._held_out, strict=True)]
         self._before = [np.zeros(len(stores), np.int64)]  # sequences drawn of each source before every chunk
         # the chunk drawn last: its number, each sequence's source, and how many of that source came before
         self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -59,7 +67,11 @@ class Mixture:
 
     def blocks(self, source: int) -> int:
         """Sequences in one epoch of a source."""
-        return (len(self._stores[source].tokens) - 1) // self.context
+        return self._blocks[source]
+
+    @property
+    def sources(self) -> list[str]:
+        return [store.source for store in self._stores]
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, start token) of sequence `index` of the run."""
@@ -82,12 +94,20 @@ class Mixture:
 
     def batch(self, first: int, count: int) -> Batch:
         """Sequences `first` to `first + count` of the run."""
-        span = self.context + 1
+        return self._read([self.locate(first + i) for i in range(count)])
+
+    def held_out(self, source: int) -> Batch | None:
+        """The sequences of a source that are never trained on; None where it is too small to spare any."""
+        first = self._blocks[source]
+        blocks = range(first, first + self._held_out[source])
+        return self._read([(source, block * self.context) for block in blocks]) if blocks else None
+
+    def _read(self, places: Sequence[tuple[int, int]]) -> Batch:
+        count, span = len(places), self.context + 1
         tokens = np.empty((count, span), np.int64)
         loss = np.empty((count, span), bool)
         document = np.empty((count, span), np.int32)
-        for i in range(count):
-            source, start = self.locate(first + i)
+        for i, (source, start) in enumerate(places):
             store = self._stores[source]
             tokens[i] = store.tokens[start : start + span]
             loss[i] = store.loss[start : start + span] != 0
@@ -110,3 +130,12 @@ class Mixture:
 
 def _random(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def ahead(batches: Iterator[Batch]) -> Generator[Batch]:
+    """The same batches, each made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch

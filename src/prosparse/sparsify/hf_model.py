@@ -1,6 +1,6 @@
 """Between this project's models and Hugging Face modules that train."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,26 +12,35 @@ from prosparse.model.activation import Activation
 from prosparse.model.fold import fold_thresholds
 from prosparse.model.model import Model
 from prosparse.model.model import Tensor as StoredTensor
-from prosparse.model.names import expected_tensors
+from prosparse.model.names import expected_tensors, less_one_in_hf
+from prosparse.sparsify.distributed import full
+from prosparse.sparsify.lora import merged
 from prosparse.sparsify.swap import SparseMLP, substitute
 
 # a layer whose threshold stayed 0 is folded as if it were this: no gate lies between
 _SMALLEST = 1e-6
 
 
-class Trunk:
+class Trunk(nn.Module):
     """A causal language model without its last product: `hidden` is what the head multiplies.
 
     `mlps` in layer order; `head` [vocab, d], the embedding itself where the two are tied.
     """
 
     def __init__(self, model: nn.Module, mlps: list[SparseMLP]) -> None:
+        super().__init__()
         self.model: Any = model
         self.mlps = mlps
-        head = self.model.get_output_embeddings()
-        self.head: nn.Parameter = head.weight
-        self._check_head(head)
+        self._compiled = False
+        self.lm_head: Any = self.model.get_output_embeddings()
+        self._check_head()
+        self.model.get_input_embeddings().register_forward_hook(_as_autocast)
         self.model.set_output_embeddings(nn.Identity())
+
+    @property
+    def head(self) -> nn.Parameter:
+        weight: nn.Parameter = self.lm_head.weight
+        return weight
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -42,6 +51,17 @@ class Trunk:
             for module in self.model.modules()
             if any(id(child) in inside for child in module.children())
         ]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        document: Tensor | None = None,
+        after: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """after(hidden [batch, n, d], head), or the hidden states. Where the model is spread over processes
+        the head is whole only in here."""
+        hidden = self.hidden(tokens, document)
+        return hidden if after is None else after(hidden, self.head)
 
     def hidden(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:
         """[batch, n, d] of `tokens` int64 [batch, n]. With `document` [batch, n], tokens see only their own
@@ -59,19 +79,32 @@ class Trunk:
             input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False
         ).logits
 
-    def _check_head(self, head: nn.Module) -> None:
+    def compile(self) -> None:
+        """torch.compile of every layer's forward: they are alike, so one is compiled instead of thirty."""
+        if not self._compiled:
+            self._compiled = True
+            for layer in self.layers:
+                layer.forward = torch.compile(layer.forward, dynamic=False)
+
+    def _check_head(self) -> None:
         """That logits are nothing but head(hidden), as the chunked losses assume."""
-        if getattr(head, "bias", None) is not None:
+        if getattr(self.lm_head, "bias", None) is not None:
             raise ValueError("the model's head has a bias; training such models is not supported")
         tokens = torch.arange(4, device=self.head.device)[None] % self.head.shape[0]
         with torch.no_grad():
             logits = self.model(input_ids=tokens, use_cache=False).logits
             self.model.set_output_embeddings(nn.Identity())
-            again = head(self.model(input_ids=tokens, use_cache=False).logits)
+            again = self.lm_head(self.model(input_ids=tokens, use_cache=False).logits)
         if not torch.equal(logits, again):
             raise ValueError(
                 "the model changes its logits after the head; training such models is not supported"
             )
+
+
+def _as_autocast(_: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
+    """Embeddings as narrow as autocast makes products, so that the residual stream is."""
+    kind = embeddings.device.type
+    return embeddings.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else embeddings
 
 
 def load(model: Model, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Trunk:
@@ -80,10 +113,22 @@ def load(model: Model, *, device: torch.device | str = "cpu", dtype: torch.dtype
 
     # ours is put in below; transformers knows neither fatrelu nor shiftrelu
     values = model.config.to_hf() | {"hidden_act": "silu", "hidden_act_param": None}
-    config = AutoConfig.for_model(**values)
     with torch.device(device):
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    state = {name: torch.from_numpy(tensor.dequantize()).to(dtype) for name, tensor in model.tensors.items()}
+        if model.config.architecture == "minicpm":  # transformers has no class of it
+            from prosparse.formats.modeling_prosparse_minicpm import (
+                ProSparseMiniCPMConfig,
+                ProSparseMiniCPMForCausalLM,
+            )
+
+            config = ProSparseMiniCPMConfig(**values)
+            module = ProSparseMiniCPMForCausalLM._from_config(config, dtype=dtype)
+        else:
+            config = AutoConfig.for_model(**values)
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    state = {
+        name: torch.from_numpy(tensor.dequantize() - less_one_in_hf(model.config, name)).to(dtype)
+        for name, tensor in model.tensors.items()
+    }
     missing, unexpected = module.load_state_dict(state, strict=False)
     missing = [
         name for name in missing if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
@@ -102,8 +147,11 @@ def to_model(trunk: Trunk, original: Model, type: str = "F32") -> Model:
     thresholds = [float(mlp.threshold) for mlp in trunk.mlps]
     activation, common = _common(trunk.mlps[0].activation, thresholds)
     config = replace(original.config, activation=activation)
-    parameters = dict(trunk.model.named_parameters()) | {"lm_head.weight": trunk.head}
-    tensors = {name: _stored(parameters[name].detach(), "F32") for name in expected_tensors(config)}
+    parameters = weights(trunk)
+    tensors = {
+        name: _stored(parameters[name].float() + less_one_in_hf(config, name), "F32")
+        for name in expected_tensors(config)
+    }
     model = Model(config, tensors, original.tokenizer, original.name)
     if common is not None:
         model = fold_thresholds(model, [max(t, _SMALLEST) for t in thresholds], common)
@@ -113,6 +161,15 @@ def to_model(trunk: Trunk, original: Model, type: str = "F32") -> Model:
         for name, tensor in model.tensors.items()
     }
     return replace(model, tensors=rounded)
+
+
+def weights(trunk: Trunk) -> dict[str, Tensor]:
+    """The parameters under their Hugging Face names, whole, with adapters merged. All processes must call."""
+    for module in trunk.modules():
+        if reshard := getattr(module, "reshard", None):
+            reshard()  # what an evaluation has left whole is narrow
+    parameters = {name: full(p.detach()).cpu() for name, p in trunk.model.named_parameters()}
+    return merged(trunk.model, parameters) | {"lm_head.weight": full(trunk.head.detach()).cpu()}
 
 
 def _common(name: str, thresholds: Sequence[float]) -> tuple[Activation, float | None]:

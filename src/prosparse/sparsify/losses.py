@@ -13,23 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_NEVER = -1e30  # a logit: its probability is 0, and 0 times its logarithm is 0, not NaN
 CHUNK = 4096  # tokens; with a vocabulary of 50,000 a chunk's float32 logits take 0.8 GB
 
 
 @dataclass(frozen=True, slots=True)
 class LossMix:
     """Weights of the two losses. Distillation is T^2 KL(teacher || student) of logits over temperature T
-    (Hinton et al. 2015): its gradient then does not fade as T grows."""
+    (Hinton et al. 2015): its gradient then does not fade as T grows. With `top_k` the teacher's distribution
+    is that of its top_k likeliest tokens alone."""
 
     next_token: float = 0.0
     distil: float = 1.0
     temperature: float = 1.0
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         if self.next_token < 0 or self.distil < 0 or self.next_token + self.distil == 0:
             raise ValueError("loss weights must not be negative, nor both 0")
         if not self.temperature > 0:
             raise ValueError(f"the temperature must be positive, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top-k must be at least 1, not {self.top_k}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +81,22 @@ class _HeadLoss(torch.autograd.Function):
         chunk: int,
         losses_of: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # products are as narrow as autocast wants them; inputs are narrowed once, not once a chunk
+        kind = hidden.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        inputs, matrix = hidden.to(narrow), head.to(narrow)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         share = learn.float() / learn.sum().clamp(min=1)
         totals = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            h = hidden[part]
+            h = inputs[part]
             theirs = teacher.hidden[part] @ teacher.head.T if teacher is not None and mix.distil else None
-            losses, gradient = losses_of(
-                h @ head.T, theirs, targets[part], share[part], mix.next_token, mix.distil, mix.temperature
-            )
+            losses, gradient = losses_of(h @ matrix.T, theirs, targets[part], share[part], mix)
             totals += losses
-            gradient = gradient.to(h.dtype)  # products under autocast may be narrower than h
             if d_hidden is not None:
-                d_hidden[part] = gradient @ head
+                d_hidden[part] = gradient @ matrix
             if d_head is not None:
                 d_head += gradient.T @ h
         ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
@@ -110,9 +116,7 @@ def _losses(
     theirs: Tensor | None,
     targets: Tensor,
     share: Tensor,
-    next_token_weight: float,
-    distil: float,
-    t: float,
+    mix: LossMix,
 ) -> tuple[Tensor, Tensor]:
     """float32 [2]: weighted sums of the next-token loss and of KL; and d(loss)/d(logits) [n, vocab]."""
     dtype, logits = logits.dtype, logits.float()
@@ -120,16 +124,20 @@ def _losses(
     next_token = -(log_q.gather(-1, targets[:, None])[:, 0] * share).sum()
     kl = torch.zeros((), device=logits.device)
     gradient = torch.zeros_like(logits)
-    if next_token_weight:
+    if mix.next_token:
         wanted = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
-        gradient = next_token_weight * (log_q.exp() - wanted.float())
+        gradient = mix.next_token * (log_q.exp() - wanted.float())
     if theirs is not None:
+        t, theirs = mix.temperature, theirs.float()
+        if mix.top_k is not None and mix.top_k < theirs.shape[-1]:
+            least = theirs.topk(mix.top_k, -1).values[:, -1:]
+            theirs = theirs.where(theirs >= least, _NEVER)
         if t != 1:
             log_q = F.log_softmax(logits / t, -1)
-        log_p = F.log_softmax(theirs.float() / t, -1)
+        log_p = F.log_softmax(theirs / t, -1)
         p = log_p.exp()
         kl = ((p * (log_p - log_q)).sum(-1) * share).sum() * t**2
-        gradient = gradient + distil * t * (log_q.exp() - p)
+        gradient = gradient + mix.distil * t * (log_q.exp() - p)
     return torch.stack([next_token, kl]), (gradient * share[:, None]).to(dtype)
 
 

@@ -6,6 +6,13 @@ python -m prosparse.sparsify.plot RUN/metrics.jsonl RUN/metrics.png
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prosparse.formats.files import written_whole
+
+if TYPE_CHECKING:
+    from prosparse.sparsify.presets import Preset
+    from prosparse.sparsify.report import Report
 
 
 def plot(metrics: Path, target: Path) -> None:
@@ -36,8 +43,48 @@ def plot(metrics: Path, target: Path) -> None:
         factor.plot(tokens, [line["lambda"] for line in lines], "--", color="tab:gray", linewidth=0.8)
         factor.set_ylabel("lambda (dashed)")
     sparsity.legend(loc="lower right")
+    _save(figure, target)
+
+
+def plot_layers(report: "Report", target: Path) -> None:
+    """Sparsity of each layer, over all held-out text and by source, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.2))
+    for row in report.rows:
+        axes.plot(row.layers, linewidth=0.8, alpha=0.6, label=Path(row.source).name)
+    axes.bar(range(len(report.layers)), report.layers, color="tab:gray", alpha=0.4, label="all")
+    axes.set(xlabel="layer", ylabel="sparsity on held-out text", ylim=(0, 1))
+    axes.legend(loc="lower right", fontsize="x-small")
+    _save(figure, target)
+
+
+def plot_schedule(preset: "Preset", target: Path) -> None:
+    """lambda and the learning rate of a preset over its steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = range(1, preset.schedule.total_steps + 1, max(1, preset.schedule.total_steps // 1000))
+    figure, axes = pyplot.subplots(figsize=(6, 3.2))
+    axes.plot(steps, [preset.schedule.at(step) for step in steps])
+    axes.set(xlabel="step", ylabel="lambda", title=preset.name)
+    rate = axes.twinx()
+    rate.plot(steps, [preset.learning_rate.at(step) for step in steps], ":", color="tab:gray")
+    rate.set_ylabel("learning rate (dotted)")
+    _save(figure, target)
+
+
+def _save(figure: Any, target: Path) -> None:
+    from matplotlib import pyplot
+
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    with written_whole(target) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
 
 

@@ -1,11 +1,21 @@
 """The published recipes: Tables 6 and 7 of the paper, the model card of MiniCPM-S-1B, and their ablations."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from prosparse.sparsify.schedule import LambdaSchedule, LearningRate, Stage
+from prosparse.sparsify.schedule import LambdaSchedule, LearningRate
 
 CONTEXT = 4096  # tokens, everywhere in the paper
 ABLATIONS = ("constant-lambda", "relu-only", "shifted-relu")
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Steps up to `until` on one kind of data: text, then text and instructions, then instructions alone."""
+
+    name: Literal["stable", "decay", "sft"]
+    until: int
+    tokens_per_step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +27,8 @@ class Preset:
     num_hidden_layers: int
     schedule: LambdaSchedule
     learning_rate: LearningRate
-    tokens_per_step: int
+    phases: tuple[Phase, ...]
     threshold: float  # of FATReLU after training (Table 9 and the released configurations)
-    sft_tokens_per_step: int | None = None
     shift: float | None = None  # of the shifted-ReLU baseline
     mup_width: int | None = None  # muP: matrices learn at learning_rate * mup_width / hidden_size
 
@@ -28,21 +37,18 @@ class Preset:
         """What matrices multiply the learning rate by."""
         return self.mup_width / self.hidden_size if self.mup_width else 1.0
 
-    def tokens_at(self, stage: Stage) -> int:
-        """Tokens seen when `stage` ends."""
-        tokens, before = 0, 0
-        for s in self.schedule.stages:
-            per_step = self.sft_tokens_per_step if s.name == "sft" else None
-            tokens += (s.until - before) * (per_step or self.tokens_per_step)
-            before = s.until
-            if s is stage:
-                return tokens
-        raise ValueError(f"{stage.name} is not a stage of {self.name}")
+    def tokens_until(self, step: int) -> int:
+        """Tokens seen when step `step` ends."""
+        tokens = before = 0
+        for phase in self.phases:
+            tokens += max(0, min(step, phase.until) - before) * phase.tokens_per_step
+            before = phase.until
+        return tokens
 
     def table(self) -> list[tuple[str, float, int, float]]:
         """Rows of the card's stage table: name, lambda, accumulated steps, accumulated tokens in billions."""
         stages = self.schedule.stages
-        return [(s.name, s.factor, s.until, self.tokens_at(s) / 1e9) for s in stages]
+        return [(s.name, s.factor, s.until, self.tokens_until(s.until) / 1e9) for s in stages]
 
     def check_model(self, hidden_size: int, num_hidden_layers: int) -> None:
         """ValueError for another model: factors do not carry over (7B ends at 0.2, 13B at 0.02)."""
@@ -81,7 +87,7 @@ PRESETS = {
                 5000, (5e-3, 5e-2, 5e-2, 2e-1, 2e-1), (6000, 10000, 12000, 16000, 16500)
             ),
             learning_rate=_cosine(3e-5, 16500),
-            tokens_per_step=512 * CONTEXT,
+            phases=(Phase("stable", 16500, 512 * CONTEXT),),
             threshold=0.01,
         ),
         Preset(
@@ -92,7 +98,7 @@ PRESETS = {
                 5500, (5e-3, 1e-2, 1e-2, 2e-2, 2e-2), (6750, 10750, 11000, 15000, 16000)
             ),
             learning_rate=_cosine(5e-5, 16000),
-            tokens_per_step=2048 * CONTEXT,
+            phases=(Phase("stable", 16000, 2048 * CONTEXT),),
             threshold=0.01,
         ),
         Preset(
@@ -106,10 +112,14 @@ PRESETS = {
                 decay=(5e-2, 95000),
                 sft=(1e-2, 101000),
             ),
-            learning_rate=LearningRate("wsd", 1e-2, 101000, stable_until=35000),
-            tokens_per_step=1200 * CONTEXT,
-            # "about 473.02 billion tokens within 101,000 steps"
-            sft_tokens_per_step=1_013_333,
+            # the SFT stage keeps the rate that the decay ends with
+            learning_rate=LearningRate("wsd", 1e-2, 101000, stable_until=35000, decay_until=95000),
+            phases=(
+                Phase("stable", 35000, 1200 * CONTEXT),
+                Phase("decay", 95000, 1200 * CONTEXT),
+                # "about 473.02 billion tokens within 101,000 steps"
+                Phase("sft", 101000, 1_013_333),
+            ),
             threshold=0.03,
             mup_width=256,
         ),

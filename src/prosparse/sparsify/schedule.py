@@ -98,7 +98,8 @@ class LearningRate:
     """Learning rate by step (from 1).
 
     "cosine" falls to `floor` of the peak over `total_steps` (the authors' scheduler: 10 %). "wsd", the one of
-    MiniCPM (arXiv 2404.06395), is constant until `stable_until` and then halves every `half_life` steps.
+    MiniCPM (arXiv 2404.06395), is constant until `stable_until`, then halves every `half_life` steps, and is
+    constant again from `decay_until` on.
     """
 
     kind: Literal["cosine", "wsd", "constant"]
@@ -108,6 +109,7 @@ class LearningRate:
     floor: float = 0.1
     stable_until: int = 0
     half_life: int = 5000
+    decay_until: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("cosine", "wsd", "constant"):
@@ -123,6 +125,7 @@ class LearningRate:
         if step <= self.warmup_steps:
             return self.peak * step / self.warmup_steps
         if self.kind == "wsd":
+            step = min(step, self.decay_until or step)
             return self.peak * 0.5 ** (max(0, step - self.stable_until) / self.half_life)
         if self.kind == "constant":
             return self.peak

@@ -41,14 +41,15 @@ class SparseMLP(nn.Module):
 
 
 def activate(name: str, x: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
-    """`Activation.__call__` on tensors. FATReLU compares in float32: 0.03 has no bfloat16 form."""
+    """`Activation.__call__` on tensors. FATReLU compares in float32, as 0.03 has no bfloat16 form, and keeps
+    NaN, which must not pass for an inactive neuron."""
     match name:
         case "silu":
             return F.silu(x)
         case "relu":
             return F.relu(x)
         case "fatrelu":
-            return torch.where(x.float() >= threshold, x, 0.0)
+            return torch.where(x.float() < threshold, 0.0, x)
         case "shiftrelu":
             return F.relu(x - threshold).to(x.dtype)
         case "gelu":

@@ -4,10 +4,11 @@ Two ways to sparsity, one loop: the paper's L1 loss with its lambda schedule, or
 target.
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from prosparse.sparsify import checkpoint, controller
-from prosparse.sparsify.batches import Batch, Mixture
+from prosparse.sparsify.batches import Batch, Mixture, ahead
 from prosparse.sparsify.controller import TargetControl
+from prosparse.sparsify.distributed import World, full, shard
 from prosparse.sparsify.hf_model import Trunk
 from prosparse.sparsify.losses import LossMix, Teacher, head_loss
 from prosparse.sparsify.regularizer import Norm, concentration, l1
@@ -31,7 +33,6 @@ class TrainConfig:
     merely trained with."""
 
     steps: int
-    sequences: int  # a step
     micro_sequences: int  # at a time; a step accumulates over them
     learning_rate: LearningRate
     mix: LossMix = field(default_factory=LossMix)
@@ -46,19 +47,25 @@ class TrainConfig:
     document_mask: bool = False  # tokens see only their own document
     bfloat16: bool = False  # products in bfloat16, weights stay float32
     compile: bool = False
+    recompute: bool = False  # activations of a layer are computed again for its gradients, not kept
     checkpoint_every: int = 200
     max_bad_steps: int = 10  # in a row
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences", "micro_sequences", "checkpoint_every", "max_bad_steps"):
+        for name in ("steps", "micro_sequences", "checkpoint_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.sequences % self.micro_sequences:
-            raise ValueError(
-                f"{self.sequences} sequences a step are not a multiple of {self.micro_sequences} at a time"
-            )
         if self.schedule and self.control:
             raise ValueError("give a schedule of lambda or a target, not both")
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What is read up to and including step `until`: `sequences` a step out of `mixture`."""
+
+    mixture: Mixture
+    sequences: int
+    until: int
 
 
 class Trainer:
@@ -66,62 +73,132 @@ class Trainer:
 
     `metrics.jsonl` there has a line a step: `step, lr, lambda, loss, next_token, kl, sparsity, wanted,
     grad_norm, tokens, seconds`, `skipped` where the numbers were not finite and the step was not taken.
+    In a `world` of several processes each one must make and run a trainer.
     """
 
     def __init__(
-        self, student: Trunk, teacher: Trunk | None, mixture: Mixture, config: TrainConfig, folder: Path
+        self,
+        student: Trunk,
+        teacher: Trunk | None,
+        feeds: Sequence[Feed],
+        config: TrainConfig,
+        folder: Path,
+        world: World | None = None,
     ) -> None:
         if config.mix.distil and teacher is None:
             raise ValueError("distillation needs the original model")
-        self.student, self.teacher, self.mixture, self.config = student, teacher, mixture, config
-        self.folder = folder
+        self.student, self.teacher, self.feeds, self.config = student, teacher, feeds, config
+        self.folder, self.world = folder, world or World()
+        self._check_feeds()
+        self.device = student.head.device
         self.step = 0
         self.bad_steps = 0
+        self._lesson: _Lesson | None = None  # of the next step
         self._layers = len(student.mlps)
         self._thresholds = np.array([float(mlp.threshold) for mlp in student.mlps])
         # while only ReLU acts: the sum of densities by layer, and the number of steps
         self._natural = np.zeros(self._layers + 1)
-        parameters = [p for p in student.model.parameters() if p.requires_grad]
-        matrices = [p for p in parameters if p.ndim == 2]
-        vectors = [p for p in parameters if p.ndim != 2]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "scale": config.matrix_rate}, {"params": vectors, "scale": 1.0}],
-            lr=1.0,  # set before every step
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=student.head.is_cuda,
-        )
-        self._parameters = parameters
-        student.model.train()
-        if teacher is not None:
-            teacher.model.eval().requires_grad_(False)
+        self._prepare()
+        self._trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self._optimizer = self._new_optimizer()
         with_concentration = bool(config.control and config.concentration)
         self._measures = [_Measure(config.l1_norm, with_concentration) for _ in student.mlps]
         for mlp, measure in zip(student.mlps, self._measures, strict=True):
             mlp.observe = measure
-        if config.compile:
-            # layer by layer: they are alike, so one is compiled instead of thirty
-            for layer in (*student.layers, *(teacher.layers if teacher is not None else ())):
-                layer.compile()
         self._resume()
-
-    @property
-    def device(self) -> torch.device:
-        return self.student.head.device
 
     def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> None:
         """All steps that are left; `on_step` gets each one's metrics once they are on disk."""
-        with (self.folder / "metrics.jsonl").open("a") as log:
+        batches = ahead(self._micro_batches(self.step + 1))
+        with contextlib.ExitStack() as stack:
+            stack.callback(batches.close)
+            log = None
+            if self.world.is_main:
+                log = stack.enter_context((self.folder / "metrics.jsonl").open("a"))
             while self.step < self.config.steps:
-                metrics = self._one_step()
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
+                metrics = self._one_step(batches)
+                if log is not None:
+                    log.write(json.dumps(metrics) + "\n")
+                    log.flush()
                 if on_step:
                     on_step(metrics)
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
-                    self._save()
+                    checkpoint.save(self.folder / "checkpoints", self.step, self._state(), self.world)
 
-    def _one_step(self) -> dict[str, Any]:
+    def _check_feeds(self) -> None:
+        parts = self.config.micro_sequences * self.world.size
+        ends = [feed.until for feed in self.feeds]
+        if not ends or ends != sorted(set(ends)) or ends[-1] < self.config.steps:
+            raise ValueError(f"the data's last steps {ends} must rise to the last of {self.config.steps}")
+        for feed in self.feeds:
+            if feed.sequences % parts:
+                raise ValueError(
+                    f"{feed.sequences} sequences a step are not a multiple of {self.config.micro_sequences} "
+                    f"at a time on {self.world.size} processes"
+                )
+
+    def _prepare(self) -> None:
+        """Compiles and spreads both models, as the configuration and the world want it."""
+        config = self.config
+        self.student.train()
+        if config.recompute:
+            self.student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.teacher is not None:
+            self.teacher.eval().requires_grad_(False)
+        for trunk in (self.student, self.teacher):
+            if trunk is not None and config.compile:
+                trunk.compile()
+            if trunk is not None and self.world.sharded:
+                shard(trunk, config.bfloat16)
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        config, trained = self.config, self._trained.values()
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim == 2], "scale": config.matrix_rate},
+                {"params": [p for p in trained if p.ndim != 2], "scale": 1.0},
+            ],
+            lr=0.0,  # set before every step
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        # a step that changes nothing makes its state, which a checkpoint then has a place to go to
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for state in optimizer.state.values():
+            state["step"].zero_()
+        return optimizer
+
+    def _feed_at(self, step: int) -> tuple[Feed, int]:
+        """What step `step` reads, and the number of steps before the first that reads it."""
+        before = 0
+        for feed in self.feeds:
+            if step <= feed.until:
+                return feed, before
+            before = feed.until
+        raise AssertionError("feeds reach to the last step")
+
+    def tokens_until(self, step: int) -> int:
+        before = tokens = 0
+        for feed in self.feeds:
+            steps = max(0, min(step, feed.until) - before)
+            tokens += steps * feed.sequences * feed.mixture.context
+            before = feed.until
+        return tokens
+
+    def _micro_batches(self, first_step: int) -> Generator[Batch]:
+        """This process's share of all steps from `first_step` on."""
+        micro, world = self.config.micro_sequences, self.world
+        for step in range(first_step, self.config.steps + 1):
+            feed, before = self._feed_at(step)
+            first = (step - 1 - before) * feed.sequences
+            for part in range(world.rank, feed.sequences // micro, world.size):
+                yield feed.mixture.batch(first + part * micro, micro)
+
+    def _one_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         config, start = self.config, time.perf_counter()
         self.step += 1
         step = self.step
@@ -129,24 +206,26 @@ class Trainer:
         factor = config.schedule.at(step) if config.schedule else 0.0
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        totals = torch.zeros(3, device=self.device)
-        zeros = torch.zeros(self._layers, device=self.device)
-        parts = config.sequences // config.micro_sequences
+        feed, _ = self._feed_at(step)
+        parts = feed.sequences // config.micro_sequences // self.world.size
+        measured = torch.zeros(3 + self._layers, device=self.device)
+        lesson = self._lesson or self._taught(next(batches))
         for part in range(parts):
-            first = (step - 1) * config.sequences + part * config.micro_sequences
-            losses, sparsity = self._backward(
-                self.mixture.batch(first, config.micro_sequences), factor, parts
-            )
-            totals += losses / parts
-            zeros += sparsity / parts
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.clip)
-        loss, next_token, kl = totals.tolist()
-        taken = math.isfinite(loss) and math.isfinite(float(norm))
+            measured += self._backward(lesson, factor, parts) / parts
+            if part + 1 < parts:
+                lesson = self._taught(next(batches))
+        norm = full(torch.nn.utils.clip_grad_norm_(self._trained.values(), config.clip))
+        numbers = _Numbers(torch.cat([self.world.mean(measured), norm[None]]))
+        # a GPU has this to do while the numbers are waited for and the optimizer's kernels are launched
+        coming = next(batches, None)
+        self._lesson = None if coming is None else self._taught(coming)
+        loss, next_token, kl, *sparsity, norm = numbers.read()
+        taken = math.isfinite(loss) and math.isfinite(norm)
         if taken:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._count_bad(taken, loss)
-        layers = zeros.cpu().numpy().astype(np.float64)
+        layers = np.array(sparsity)
         wanted = self._steer(1 - layers) if taken else None
         return {
             "step": step,
@@ -157,35 +236,52 @@ class Trainer:
             "kl": kl,
             "sparsity": float(layers.mean()),
             "wanted": wanted,
-            "grad_norm": float(norm),
-            "tokens": step * config.sequences * self.mixture.context,
+            "grad_norm": norm,
+            "tokens": self.tokens_until(step),
             "seconds": time.perf_counter() - start,
         } | ({} if taken else {"skipped": True})
 
-    def _backward(self, batch: Batch, factor: float, parts: int) -> tuple[Tensor, Tensor]:
-        """Adds one micro-batch's share of the gradients. (loss, next-token, KL) and sparsity by layer."""
+    def _taught(self, batch: Batch) -> "_Lesson":
+        """A batch on this device, with what the original makes of it."""
         config = self.config
         tokens = torch.from_numpy(batch.tokens).to(self.device, non_blocking=True)
         learn = torch.from_numpy(batch.loss[:, 1:]).to(self.device).reshape(-1)
         document = torch.from_numpy(batch.document[:, :-1]).to(self.device) if config.document_mask else None
         inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
-            theirs = None
-            if self.teacher is not None and config.mix.distil:
-                with torch.no_grad():
-                    theirs = Teacher(self.teacher.hidden(inputs, document).flatten(0, 1), self.teacher.head)
-            hidden = self.student.hidden(inputs, document).flatten(0, 1)
-            loss, next_token, kl = head_loss(
-                hidden, self.student.head, targets, learn, config.mix, theirs, compiled=config.compile
+        theirs = None
+        if self.teacher is not None and config.mix.distil:
+            with torch.no_grad(), self._narrow():
+                theirs = Teacher(self.teacher(inputs, document).flatten(0, 1), self.teacher.head)
+        return _Lesson(inputs, targets, learn, document, theirs)
+
+    def _backward(self, lesson: "_Lesson", factor: float, parts: int) -> Tensor:
+        """Adds one micro-batch's gradients. [loss, next-token loss, KL, then sparsity by layer]."""
+        config = self.config
+
+        def losses(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return head_loss(
+                hidden.flatten(0, 1),
+                head,
+                lesson.targets,
+                lesson.learn,
+                config.mix,
+                lesson.theirs,
+                compiled=config.compile,
             )
-        measured = self._measures
+
+        with self._narrow():
+            loss, next_token, kl = self.student(lesson.inputs, lesson.document, losses)
         if factor:
-            loss = loss + factor * torch.stack([m.l1 for m in measured]).sum()
+            loss = loss + factor * torch.stack([m.l1 for m in self._measures]).sum()
         if config.control and config.concentration:
-            loss = loss + config.concentration * torch.stack([m.concentration for m in measured]).mean()
+            loss = loss + config.concentration * torch.stack([m.concentration for m in self._measures]).mean()
+        # before the backward pass, which may compute activations anew
+        sparsity = torch.stack([m.sparsity for m in self._measures])
         (loss / parts).backward()
-        sparsity = torch.stack([m.sparsity for m in measured])
-        return torch.stack([loss.detach(), next_token, kl]), sparsity
+        return torch.cat([torch.stack([loss.detach(), next_token, kl]), sparsity])
+
+    def _narrow(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
 
     def _steer(self, densities: np.ndarray) -> float | None:
         """Moves the thresholds after a step; the overall sparsity that was wanted."""
@@ -212,29 +308,63 @@ class Trainer:
                 "lower the learning rate or lambda; the last checkpoint is sound"
             )
 
-    def _save(self) -> None:
+    def _state(self) -> dict[str, Tensor]:
+        """All that a run goes on from, in tensors that may be read or filled in place."""
         state = {
-            "model": self.student.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
             "thresholds": torch.from_numpy(self._thresholds),
             "natural": torch.from_numpy(self._natural),
-            "bad_steps": self.bad_steps,
+            "bad_steps": torch.tensor(self.bad_steps),
         }
-        checkpoint.save(self.folder / "checkpoints", self.step, state)
+        for name, parameter in self._trained.items():
+            state[f"model.{name}"] = parameter.detach()
+            for key, value in self._optimizer.state[parameter].items():
+                state[f"optimizer.{name}.{key}"] = value
+        return state
 
     def _resume(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.load_latest(self.folder / "checkpoints", self.device)
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.latest(self.folder / "checkpoints", self.world)
+        self.world.wait()
         if found is not None:
-            self.step, state = found
-            self.student.model.load_state_dict(state["model"])
-            self._optimizer.load_state_dict(state["optimizer"])
-            self._thresholds = state["thresholds"].cpu().numpy()
-            self._natural = state["natural"].cpu().numpy()
-            self.bad_steps = state["bad_steps"]
+            state = self._state()
+            self.step = checkpoint.load(found, state, self.world)
+            self.bad_steps = int(state["bad_steps"])
             for mlp, threshold in zip(self.student.mlps, self._thresholds, strict=True):
                 mlp.threshold.fill_(threshold)
-        _forget_after(self.folder / "metrics.jsonl", self.step)
+        if self.world.is_main:
+            _forget_after(self.folder / "metrics.jsonl", self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """Tokens int64 [sequences, context], what follows each of them [sequences * context], whether it is to be
+    learnt, the document it is in, and what the original makes of it."""
+
+    inputs: Tensor
+    targets: Tensor
+    learn: Tensor
+    document: Tensor | None
+    theirs: Teacher | None
+
+
+class _Numbers:
+    """Numbers on their way from the device: what is launched after them is not waited for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[float] = self._values.tolist()
+        return numbers
 
 
 class _Measure:

@@ -1,0 +1,275 @@
+"""One run of `prosparse sparsify`, from the model and text to the folder that is written."""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prosparse import __version__
+from prosparse.formats import open_model
+from prosparse.formats.files import written_whole
+from prosparse.formats.hf import write_folder
+from prosparse.model.activation import Activation
+from prosparse.model.model import Model
+from prosparse.sparsify import hf_model, lora, progress, report, selfdata, settings, tokens
+from prosparse.sparsify.batches import Mixture
+from prosparse.sparsify.corpus import Source
+from prosparse.sparsify.distributed import World
+from prosparse.sparsify.hf_model import Trunk
+from prosparse.sparsify.loggers import open_loggers
+from prosparse.sparsify.presets import Preset
+from prosparse.sparsify.settings import Reading
+from prosparse.sparsify.tokens import TokenStore
+from prosparse.sparsify.trainer import Feed, TrainConfig, Trainer
+
+_SAMPLED_AT_ONCE = 1024  # rows of self-generated text, on a GPU
+
+
+class Session:
+    """Everything that can be wrong is said when it is made; `run` takes the hours."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        preset: Preset | None,
+        reads: Sequence[Reading],
+        world: World,
+        device: torch.device,
+    ) -> None:
+        self.args, self.preset, self.world, self.device = args, preset, world, device
+        self.folder: Path = args.out
+        self.original = open_model(args.model)
+        size = self.original.config
+        if preset:
+            preset.check_model(size.hidden_size, size.num_hidden_layers)
+        self.config = settings.train_config(
+            args, preset, reads, bfloat16=device.type == "cuda", processes=world.size
+        )
+        self.settings = self._described()
+        settings.check_same(self.folder / "training.json", self.settings)
+        if world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        world.wait()
+        self._check_space()
+        self.loggers = open_loggers(args.log, self.folder, self.settings) if world.is_main else []
+        self.encoder = tokens.Encoder(self.original.tokenizer, size.bos_token_id, size.eos_token_ids)
+        self.teacher: Trunk | None = None
+        self.feeds = self._feeds(reads)
+
+    def run(self) -> dict[str, Any]:
+        """Trains and writes `model/`, `training.json`, `metrics.jsonl`, `report.json` and their curves."""
+        args, bfloat16 = self.args, self.config.bfloat16
+        student = self._student()
+        if self.config.mix.distil and self.teacher is None:
+            self.teacher = self._load_teacher()
+        trainer = Trainer(student, self.teacher, self.feeds, self.config, self.folder, self.world)
+        if self.world.is_main:
+            with written_whole(self.folder / "training.json") as file:
+                file.write(json.dumps(self.settings, indent=1).encode() + b"\n")
+        last = progress.train(trainer, self.original.config, self.loggers, lora=args.lora is not None)
+        held = report.held_out([feed.mixture for feed in self.feeds])
+        micro = self.config.micro_sequences
+        sparse = report.measured(student, held, micro, bfloat16)
+        thresholds = [float(mlp.threshold) for mlp in student.mlps]
+        activation = self._export(student)
+        del trainer, student
+        if self.teacher is None:
+            self.teacher = self._load_teacher()
+        original = report.measured(self.teacher, held, micro, bfloat16)
+        control, control_is = self._control(held)
+        result = report.make(original, control, sparse, control_is, thresholds)
+        if self.world.is_main:
+            self._show(result, activation, last)
+        return {
+            "model": str(self.folder / "model"),
+            "hidden_act": activation.name,
+            "hidden_act_param": activation.param,
+            **{key: last[key] for key in ("step", "tokens", "loss", "next_token", "kl", "sparsity")},
+            "report": result.to_json(),
+        }
+
+    def _described(self) -> dict[str, Any]:
+        args = self.args
+        cuda = self.device.type == "cuda"
+        return {
+            "prosparse": __version__,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if cuda else str(self.device),
+            "processes": self.world.size,
+            "model": str(args.model),
+            "data": args.data,
+            "decay_data": args.decay_data,
+            "sft_data": args.sft_data,
+            "self_data": args.self_data,
+            "preset": args.preset,
+            "seed": args.seed,
+            "context": args.context,
+            "batch_tokens": args.batch_tokens,
+            "held_out": args.held_out,
+            "lora": args.lora,
+            "config": asdict(self.config),
+        }
+
+    def _check_space(self) -> None:
+        parameters = sum(math.prod(tensor.shape) for tensor in self.original.tensors.values())
+        # adapters and their state are small beside the model that is written
+        trained = 0 if self.args.lora is not None else parameters
+        settings.check_space(shutil.disk_usage(self.folder).free, trained, parameters)
+
+    def _student(self) -> Trunk:
+        if self.preset is None:
+            return self._trainable(Activation("fatrelu", 0.0))
+        shift = self.preset.shift
+        return self._trainable(Activation("shiftrelu", shift) if shift else Activation("relu"))
+
+    def _trainable(self, activation: Activation) -> Trunk:
+        changed = replace(self.original, config=replace(self.original.config, activation=activation))
+        trunk = hf_model.load(changed, device=self.device)
+        if self.args.lora is not None:
+            torch.manual_seed(self.args.seed)
+            lora.add(trunk, self.args.lora)
+        return trunk
+
+    def _load_teacher(self) -> Trunk:
+        dtype = torch.bfloat16 if self.config.bfloat16 else torch.float32
+        return hf_model.load(self.original, device=self.device, dtype=dtype)
+
+    def _feeds(self, reads: Sequence[Reading]) -> list[Feed]:
+        stores: dict[str, TokenStore] = {}
+        extra = self._self_source()
+        feeds = []
+        for read in reads:
+            # instructions alone are an SFT stage; what the original writes is text
+            is_sft = self.preset is not None and read is reads[-1] and len(reads) > 1
+            sources = read.sources if is_sft or extra is None else (*read.sources, extra)
+            for source in sources:
+                if source.path not in stores:
+                    stores[source.path] = self._self_store() if source is extra else self._store(source)
+            mixture = Mixture(
+                [stores[source.path] for source in sources],
+                [source.weight for source in sources],
+                context=self.args.context,
+                seed=self.args.seed,
+                vocab_size=self.original.config.vocab_size,
+                held_out=self.args.held_out,
+            )
+            feeds.append(Feed(mixture, read.sequences, read.until))
+        return feeds
+
+    def _store(self, source: Source) -> TokenStore:
+        """Tokenised by the main process; the others wait, then map what it wrote."""
+
+        def show(rows: int, count: int) -> None:
+            if sys.stderr.isatty():
+                print(f"\r{source.path}: {rows} rows, {count / 1e6:.1f} M tokens", end="", file=sys.stderr)
+
+        def build() -> TokenStore:
+            cache = self.folder / "tokens"
+            return tokens.build(source.path, self.encoder, cache, workers=self.args.workers, progress=show)
+
+        store = self._first_here(build)
+        self._say(f"{source.path}: {len(store.offsets) - 1} rows, {len(store.tokens) / 1e6:.1f} M tokens")
+        return store
+
+    def _self_source(self) -> Source | None:
+        if not self.args.self_data:
+            return None
+        count, _, weight = self.args.self_data.partition(":")
+        try:
+            return Source(f"self:{int(float(count))}", float(weight or 1))
+        except ValueError:
+            raise ValueError(f"--self-data is N or N:WEIGHT, not {self.args.self_data!r}") from None
+
+    def _self_store(self) -> TokenStore:
+        source = self._self_source()
+        assert source is not None
+        count = int(source.path.removeprefix("self:"))
+
+        def show(done: int, of_all: int) -> None:
+            self._say(f"self-generated text: {done / 1e6:.1f} of {of_all / 1e6:.1f} M tokens")
+
+        def build() -> TokenStore:
+            if self.teacher is None:
+                self.teacher = self._load_teacher()
+            return selfdata.build(
+                self.teacher,
+                self.encoder,
+                count,
+                self.folder / "tokens",
+                # one more than a sequence, whose last target it is
+                context=self.args.context + 1,
+                batch=_SAMPLED_AT_ONCE if self.device.type == "cuda" else 64,
+                seed=self.args.seed,
+                key=_fingerprint(self.original),
+                progress=show,
+            )
+
+        return self._first_here(build)
+
+    def _first_here(self, build: Any) -> TokenStore:
+        """`build` by the main process, then by the others, which find what it wrote."""
+        if self.world.is_main:
+            store = build()
+            self.world.wait()
+        else:
+            self.world.wait()
+            store = build()
+        return store
+
+    def _export(self, student: Trunk) -> Activation:
+        """The trained weights as a Hugging Face folder. Gathering them takes all processes."""
+        kind = self.args.type.upper()
+        model = hf_model.to_model(student, self.original, kind)
+        if self.world.is_main:
+            write_folder(self.folder / "model", model, kind)
+        self.world.wait()
+        return model.config.activation
+
+    def _control(self, held: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+        """The un-sparsified twin on the same tokens, measured; and what it is."""
+        if not self.config.mix.next_token:
+            return None, "the original: it is all that pure distillation could arrive at"
+        if not self.args.control:
+            return None, "missing: --control trains it"
+        self._say("control: the un-sparsified twin, on the same tokens")
+        twin = self._trainable(self.original.config.activation)
+        config: TrainConfig = replace(self.config, schedule=None, control=None)
+        trainer = Trainer(twin, self.teacher, self.feeds, config, self.folder / "control", self.world)
+        progress.train(trainer, self.original.config, [], lora=self.args.lora is not None)
+        return (
+            report.measured(twin, held, config.micro_sequences, config.bfloat16),
+            "the original, trained on the same tokens with the same losses",
+        )
+
+    def _show(self, result: report.Report, activation: Activation, last: dict[str, Any]) -> None:
+        report.write(result, self.folder)
+        progress.plot(self.folder)
+        act = f"{activation.name} {activation.param:g}"
+        trained = f"sparsity {last['sparsity']:.1%} after {last['tokens'] / 1e6:.1f} M tokens"
+        print(f"{self.folder / 'model'}: {act}, {trained}")
+        if result.rows:
+            print(result.table())
+        else:
+            print("no report: the data is too small to spare held-out text")
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)
+
+
+def _fingerprint(model: Model) -> str:
+    """Changes with the weights: of every tensor, some bytes from all over it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.tensors.items()):
+        flat = tensor.data.reshape(-1)
+        digest.update(name.encode())
+        digest.update(flat[:: max(1, len(flat) // 4096)].tobytes())
+    return digest.hexdigest()[:24]

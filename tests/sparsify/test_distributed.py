@@ -1,0 +1,56 @@
+"""Two processes train what one does; what they leave, one goes on from; adapters export merged."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def launch(folder: Path, processes: int, *, stop: int = 0, micro: int = 1, rank: int = 0) -> None:
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    many = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    command = [sys.executable, *(many if processes else []), WORKER, folder, stop, micro, rank]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def column(folder: Path, name: str) -> np.ndarray:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return np.array([line[name] for line in lines], float)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_two_processes_equal_one(tmp_path, rank):
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(one, 0, rank=rank)
+    launch(two, 2, rank=rank)
+    assert len(column(one, "loss")) == 20
+    for name, tolerance in [("loss", 1e-4), ("kl", 1e-4), ("sparsity", 2e-3), ("grad_norm", 1e-3)]:
+        np.testing.assert_allclose(column(two, name), column(one, name), atol=tolerance, err_msg=name)
+    weights = [torch.load(folder / "weights.pt") for folder in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    assert not any("lora" in name or "base_layer" in name for name in weights[0])
+    for name, values in weights[0].items():
+        torch.testing.assert_close(weights[1][name], values, rtol=0, atol=2e-3)
+
+
+def test_one_process_goes_on_from_two(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(one, 0)
+    launch(two, 2, stop=12)
+    assert len(column(two, "loss")) == 12
+    launch(two, 0)
+    np.testing.assert_allclose(column(two, "loss"), column(one, "loss"), atol=1e-4)
