@@ -119,3 +119,93 @@ def test_a_step_keeps_its_size(folders):
 def test_everything_must_be_given(capsys):
     assert cli.main(["sparsify"]) == 2
     assert "-m" in capsys.readouterr().err
+
+
+def test_everything_at_once(folders, capsys):
+    """Adapters, self-generated text, mixed losses, a trained control, TensorBoard, saved memory."""
+    for package in ("torch", "transformers", "peft", "tensorboard", "matplotlib"):
+        pytest.importorskip(package)
+    options = (
+        "--self-data 4000:0.5 --lora 4 --next-token 0.5 --distil 0.5 --temperature 2 --top-k 20 --control"
+    )
+    options += " --document-mask --recompute --log tensorboard --tokens 2560 --type f32"
+    assert cli.main(arguments(folders, *options.split())) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert "step 20/20" in err
+    run = folders / "out"
+    report = json.loads((run / "report.json").read_text())
+    assert result["report"] == report
+    sources = [row["source"] for row in report["rows"]]
+    assert sources[0] == str(folders / "data.jsonl")
+    assert sources[1].startswith("tiny ") and sources[1].endswith("its own text")
+    for row in report["rows"]:
+        assert row["control"] not in (None, row["original"], row["sparse"])
+        assert row["sparsity"] == pytest.approx(0.9, abs=0.08)
+        assert len(row["layers"]) == 2
+    assert (run / "layers.png").stat().st_size > 5_000
+    assert list((run / "tensorboard").iterdir())
+    assert len((run / "control" / "metrics.jsonl").read_text().splitlines()) == 20
+    trained, given = open_model(run / "model"), open_model(folders / "tiny")
+    assert trained.tensors.keys() == given.tensors.keys()
+    moved = "model.layers.0.mlp.up_proj.weight"
+    assert not np.array_equal(trained.tensors[moved].data, given.tensors[moved].data)
+    embedding = "model.embed_tokens.weight"
+    np.testing.assert_array_equal(trained.tensors[embedding].data, given.tensors[embedding].data)
+
+
+def test_a_run_is_not_gone_on_with_by_other_options(folders, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    assert cli.main(arguments(folders, "--tokens", "640")) == 0
+    assert cli.main(arguments(folders, "--tokens", "640", "--micro", "2")) == 0
+    for other in (
+        ["--tokens", "1280"],
+        ["--tokens", "640", "--target", "0.7"],
+        ["--tokens", "640", "--seed", "1"],
+    ):
+        assert cli.main(arguments(folders, *other)) == 2
+        assert "holds a run with another" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_too_small_is_found_out_first(folders, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    from types import SimpleNamespace
+
+    from prosparse.sparsify import session
+
+    monkeypatch.setattr(session.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    assert cli.main(arguments(folders)) == 2
+    assert "GB of disk, 0.0 GB are free" in capsys.readouterr().err
+    assert not (folders / "out" / "tokens").exists()
+
+
+def test_phases_of_a_preset(folders, capsys, monkeypatch):
+    """Text, then text and instructions, then instructions alone in smaller steps."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from prosparse.sparsify import presets
+    from prosparse.sparsify.presets import Phase, Preset
+    from prosparse.sparsify.schedule import LambdaSchedule, LearningRate
+
+    small = Preset(
+        "small",
+        hidden_size=96,
+        num_hidden_layers=2,
+        schedule=LambdaSchedule.progressive(2, (1e-3, 5e-2), (4, 6), decay=(5e-2, 9), sft=(1e-2, 12)),
+        learning_rate=LearningRate("wsd", 1e-3, 12, stable_until=6, half_life=2, decay_until=9),
+        phases=(Phase("stable", 6, 128), Phase("decay", 9, 128), Phase("sft", 12, 64)),
+        threshold=0.01,
+    )
+    monkeypatch.setitem(presets.PRESETS, "small", small)
+    rows = [{"prompt": f"What is {i} plus {i}?", "response": f"It is {2 * i}. " * 8} for i in range(40)]
+    (folders / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ["--context", "32", "--micro", "4", "--device", "cpu", "--workers", "1", "--preset", "small"]
+    paths = ["-m", folders / "tiny", "--data", folders / "data.jsonl", "--sft-data", folders / "sft.jsonl"]
+    command = ["sparsify", *map(str, paths), "--out", str(folders / "out"), *sizes]
+    assert cli.main(command) == 0
+    lines = [json.loads(line) for line in (folders / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [128 * min(i, 9) + 64 * max(i - 9, 0) for i in range(1, 13)]
+    assert [line["lambda"] for line in lines] == [small.schedule.at(i) for i in range(1, 13)]
+    assert lines[8]["lr"] == lines[11]["lr"] == pytest.approx(1e-3 * 0.5**1.5)
+    assert small.tokens_until(12) == lines[-1]["tokens"]

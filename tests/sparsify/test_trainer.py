@@ -132,6 +132,14 @@ def test_l1_lowers_x1(tiny_model, mixture, tmp_path):
     assert sums[2.0] < 0.7 * sums[0.0]
 
 
+def test_recomputing_changes_nothing(tiny_model, mixture, tmp_path):
+    control = TargetControl(0.8, start=0.2, end=0.8)
+    for recompute in (False, True):
+        folder = tmp_path / str(recompute)
+        trainer(tiny_model(), mixture, config(control=control, recompute=recompute), folder).run()
+    assert lines(tmp_path / "True") == lines(tmp_path / "False")
+
+
 @pytest.mark.parametrize("stop", [1, 5, 7, 11])
 def test_a_broken_run_goes_on_as_if_unbroken(tiny_model, mixture, tmp_path, stop):
     control = TargetControl(0.8, start=0.2, end=0.8)

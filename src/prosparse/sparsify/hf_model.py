@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from prosparse.model.activation import Activation
 from prosparse.model.fold import fold_thresholds
@@ -85,6 +87,11 @@ class Trunk(nn.Module):
             self._compiled = True
             for layer in self.layers:
                 layer.forward = torch.compile(layer.forward, dynamic=False)
+
+    def recompute(self) -> None:
+        """Layers keep their inputs only, and compute what is between again when gradients need it."""
+        for layer in self.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def _check_head(self) -> None:
         """That logits are nothing but head(hidden), as the chunked losses assume."""

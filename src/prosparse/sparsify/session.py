@@ -208,7 +208,7 @@ class Session:
                 context=self.args.context + 1,
                 batch=_SAMPLED_AT_ONCE if self.device.type == "cuda" else 64,
                 seed=self.args.seed,
-                key=_fingerprint(self.original),
+                key=f"{Path(str(self.args.model)).name} {_fingerprint(self.original)}",
                 progress=show,
             )
 
@@ -272,4 +272,4 @@ def _fingerprint(model: Model) -> str:
         flat = tensor.data.reshape(-1)
         digest.update(name.encode())
         digest.update(flat[:: max(1, len(flat) // 4096)].tobytes())
-    return digest.hexdigest()[:24]
+    return digest.hexdigest()[:8]

@@ -141,13 +141,13 @@ class Trainer:
         """Compiles and spreads both models, as the configuration and the world want it."""
         config = self.config
         self.student.train()
-        if config.recompute:
-            self.student.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
         for trunk in (self.student, self.teacher):
             if trunk is not None and config.compile:
                 trunk.compile()
+            if trunk is self.student and config.recompute:
+                trunk.recompute()
             if trunk is not None and self.world.sharded:
                 shard(trunk, config.bfloat16)
 
