@@ -20,33 +20,35 @@ from prosparse.sparsify.schedule import LearningRate
 from prosparse.sparsify.trainer import Feed, TrainConfig, Trainer
 from tiny import make_tiny
 
-STEPS, CONTEXT = 20, 32
+CONTEXT = 32
 
 
-def trainer(folder: Path, micro: int, rank: int = 0, device: str = "cpu", tied: bool = True) -> Trainer:
-    """A run of 20 steps of 4 sequences on the alphabet."""
-    world, place = distributed.join(device)
+def trainer(
+    folder: Path, micro: int, rank: int = 0, *, steps: int = 20, checkpoint_every: int = 5
+) -> Trainer:
+    """A run of `steps` steps of 4 sequences on the alphabet."""
+    world, place = distributed.join("cpu")
     tokens = np.tile(np.arange(97, 123, dtype=np.uint32), 400)
     offsets = np.arange(0, len(tokens) + 1, 26)
     store = SimpleNamespace(
         tokens=tokens, loss=np.ones(len(tokens), np.uint8), offsets=offsets, source="alphabet"
     )
     mixture = Mixture([store], [1.0], context=CONTEXT, seed=0, vocab_size=288)
-    original = make_tiny(tied=tied)
+    original = make_tiny(tied=True)
     sparse = replace(original, config=replace(original.config, activation=Activation("fatrelu", 0.0)))
     student = hf_model.load(sparse, device=place)
     if rank:
         torch.manual_seed(0)
         lora.add(student, rank)
     config = TrainConfig(
-        steps=STEPS,
+        steps=steps,
         micro_sequences=micro,
-        learning_rate=LearningRate("constant", 3e-3, STEPS),
+        learning_rate=LearningRate("constant", 3e-3, steps),
         control=TargetControl(0.8, start=0.2, end=0.8),
-        checkpoint_every=5,
+        checkpoint_every=checkpoint_every,
     )
     teacher = hf_model.load(original, device=place)
-    return Trainer(student, teacher, [Feed(mixture, 4, STEPS)], config, folder, world)
+    return Trainer(student, teacher, [Feed(mixture, 4, steps)], config, folder, world)
 
 
 def main(folder: Path, stop: int, micro: int, rank: int = 0) -> None:
