@@ -235,3 +235,27 @@ def test_bad_configurations(tiny_model, mixture, tmp_path):
         with pytest.raises(ValueError, match=match):
             Trainer(student, None, wrong, text_only, tmp_path)
     Trainer(student, None, feeds, text_only, tmp_path)
+
+
+def test_a_full_disk_loses_nothing(tiny_model, mixture, tmp_path):
+    """The error is the disk's own, the checkpoint before stays, and the run goes on from it."""
+    resource = pytest.importorskip("resource")
+    whole = trainer(tiny_model(), mixture, config(), tmp_path / "whole")
+    whole.run()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(metrics):
+        if metrics["step"] == 9:  # one checkpoint is there, the next does not fit
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    folder = tmp_path / "full"
+    try:
+        with pytest.raises(OSError, match="Is the disk full"):
+            trainer(tiny_model(), mixture, config(), folder).run(fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000005"]
+    again = trainer(tiny_model(), mixture, config(), folder)
+    assert again.step == 5
+    again.run()
+    assert lines(folder) == lines(tmp_path / "whole")

@@ -33,9 +33,15 @@ def save(folder: Path, step: int, state: dict[str, Tensor], world: World, keep: 
             dcp.save(state, checkpoint_id=part, no_dist=world.size == 1)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, Exception) and (cause := _system_error(error)):
-            raise OSError(cause.errno, f"{cause.strerror} while writing checkpoint", str(target)) from error
-        raise
+        # CheckpointException is none of the Exceptions
+        if not isinstance(error, (Exception, dcp.CheckpointException)):
+            raise
+        # what the library raises seldom names the disk: its archive writer loses the system's own error
+        reason = str(_innermost(error)).strip().splitlines()[-1:]
+        raise OSError(
+            f"{target} could not be written ({''.join(reason)}). Is the disk full? The checkpoint before it "
+            "is sound"
+        ) from error
     world.wait()
     if world.is_main:
         if target.exists():
@@ -72,15 +78,10 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _system_error(error: BaseException) -> OSError | None:
-    """The disk's own complaint, out of what the library wraps it in."""
-    seen: list[BaseException] = [error]
-    for e in seen:
-        if isinstance(e, OSError):
-            return e
-        inner = [e.__cause__, e.__context__, *getattr(e, "failures", {}).values()]
-        seen += [i[0] if isinstance(i, tuple) else i for i in inner if i is not None and i not in seen]
-    return None
+def _innermost(error: BaseException) -> BaseException:
+    """What went wrong on the first process that failed, out of what the library wraps it in."""
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if failures else error
 
 
 def _sync(folder: Path) -> None:
