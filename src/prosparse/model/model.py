@@ -3,12 +3,16 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from prosparse.model.config import ModelConfig
 from prosparse.model.names import expected_tensors
 from prosparse.model.tokenizer import TokenizerData
+
+if TYPE_CHECKING:
+    from prosparse.model.predictor import Predictors
 
 # GGML type -> (weights per block, bytes per block); a row is a whole number of blocks
 BLOCKS: dict[str, tuple[int, int]] = {
@@ -107,6 +111,7 @@ class Model:
     tensors: Mapping[str, Tensor]  # by HF name, rows in HF order
     tokenizer: TokenizerData
     name: str
+    predictors: "Predictors | None" = None
 
     def __post_init__(self) -> None:
         expected = expected_tensors(self.config)
@@ -120,6 +125,8 @@ class Model:
         for name in self.tensors:
             if name not in expected:
                 raise ValueError(f"tensor {name} is not part of a {self.config.architecture} model")
+        if self.predictors is not None:
+            self.predictors.check(self.config)
 
     @property
     def size_bytes(self) -> int:
