@@ -4,7 +4,7 @@ A neuron is a candidate where its score is at least its layer's threshold. Three
 
 lowrank: fc2 relu(fc1 x), a small trained network (Deja Vu; the ProSparse paper, Appendix C)
 sketch:  a low-bit copy of the gate times x; the threshold lies below the activation's by a margin
-sign:    how many of x's signs agree with the gate row's, minus how many do not (SparseInfer, arXiv 2411.12692)
+sign:    how many of x's signs agree with the gate row's, less how many do not (SparseInfer, 2411.12692)
 """
 
 import math
@@ -86,7 +86,7 @@ class Predictors:
         recall = self.default if recall is None else recall
         if not self.recalls[0] <= recall <= self.recalls[-1]:
             raise ValueError(
-                f"recall {recall} was not calibrated: from {self.recalls[0]} to {self.recalls[-1]} is possible"
+                f"recall {recall} was not calibrated: {self.recalls[0]} to {self.recalls[-1]} is possible"
             )
         found = [np.interp(recall, self.recalls, values) for values in self.thresholds]
         return np.array(found, np.float32)
