@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
 #include <numeric>
 
 #include "dispatch.h"
@@ -183,17 +184,20 @@ NB_MODULE(_core, m) {
         .def(
             "__init__",
             [](Model* self, const nb::dict& config, int n_threads, const std::string& mode) {
-                if (mode != "exact" && mode != "dense")
-                    throw nb::value_error("mode must be 'exact' or 'dense'");
+                using Mode = Model::Mode;
+                const std::map<std::string, Mode> modes = {
+                    {"exact", Mode::exact}, {"dense", Mode::dense}, {"predicted", Mode::predicted}};
+                if (!modes.count(mode)) throw nb::value_error("mode must be 'exact', 'dense' or 'predicted'");
                 Config c = config_of(config);
-                if (mode == "exact" && !c.sparse())
+                if (mode != "dense" && !c.sparse())
                     throw nb::value_error(
-                        "exact mode needs an activation with exact zeros (relu, fatrelu, shiftrelu)");
-                new (self)
-                    Model(std::move(c), n_threads, mode == "exact" ? Model::Mode::exact : Model::Mode::dense);
+                        (mode + " mode needs an activation with exact zeros (relu, fatrelu, shiftrelu)")
+                            .c_str());
+                new (self) Model(std::move(c), n_threads, modes.at(mode));
             },
             "config"_a, "n_threads"_a, "mode"_a)
         .def("set_tensor", &set_tensor, "name"_a, "type"_a, "shape"_a, "data"_a, "mapped"_a = false)
+        .def("set_predictor", &Model::set_predictor, "kind"_a, "residual"_a, "thresholds"_a)
         .def("finish", &Model::finish)
         .def("forward", &forward, "cache"_a, "tokens"_a, "all_logits"_a = false)
         .def("stats",
@@ -205,6 +209,7 @@ NB_MODULE(_core, m) {
                  d["tokens"] = s.decode_tokens;
                  d["active"] = s.decode_active;
                  d["neurons"] = s.decode_tokens * per_token;
+                 d["candidates"] = s.decode_candidates;
                  d["weight_bytes_read"] = s.decode_bytes;
                  d["prefill_tokens"] = s.prefill_tokens;
                  d["prefill_active"] = s.prefill_active;
@@ -214,7 +219,18 @@ NB_MODULE(_core, m) {
              })
         .def("reset_stats", [](Model& self) { self.stats = {}; })
         .def_prop_ro("mode",
-                     [](const Model& self) { return self.mode == Model::Mode::exact ? "exact" : "dense"; })
+                     [](const Model& self) {
+                         return self.mode == Model::Mode::exact   ? "exact"
+                                : self.mode == Model::Mode::dense ? "dense"
+                                                                  : "predicted";
+                     })
+        .def_prop_rw(
+            "predicting", [](const Model& self) { return self.predicting; },
+            [](Model& self, bool on) {
+                if (on && self.mode != Model::Mode::predicted)
+                    throw nb::value_error("only predicted mode can predict");
+                self.predicting = on;
+            })
         .def_ro("skipping", &Model::skipping)
         .def_prop_ro("weight_bytes", &Model::weight_bytes)
         .def_prop_rw("n_threads", &Model::n_threads, &Model::set_threads);

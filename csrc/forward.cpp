@@ -18,10 +18,6 @@ int items_for(size_t bytes, int n_threads) {
     return int(std::clamp<size_t>(by_size, 1, n_threads == 1 ? 1 : size_t(n_threads) * 6));
 }
 
-void prefetch(const uint8_t* p, size_t bytes) {
-    for (size_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
 // Skipping pays while active neurons, read and computed one by one, cost less than all of them in one stream.
 constexpr double kDenseAbove = 0.40;
 constexpr int kDenseTokens = 16;  // in a row, before the layout is given up
@@ -221,9 +217,10 @@ void Model::decode(Cache& cache, int32_t token, const std::function<bool()>& int
         stats.decode_bytes += project({{&l.o, w.x.data(), nullptr}}, w.attn.acts, c.residual_scale, true);
         k_.rmsnorm(w.x.data(), l.ffn_norm.data(), c.hidden_size, c.rms_norm_eps, w.in.acts.f);
         k_.quantize(w.in.acts.f, c.hidden_size, &w.in.acts);
-        skipping ? ffn_exact(l) : ffn_dense(l);
+        predicting ? ffn_predicted(l) : skipping ? ffn_exact(l) : ffn_dense(l);
     }
-    dense_tokens_ = skipping && density_ > kDenseAbove ? dense_tokens_ + 1 : 0;
+    // a model with predictors keeps the layout that they need
+    dense_tokens_ = mode == Mode::exact && skipping && density_ > kDenseAbove ? dense_tokens_ + 1 : 0;
 }
 
 uint64_t Model::logits_of(const float* x, int m, float* out) {

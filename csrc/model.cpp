@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -88,7 +89,11 @@ Cache::Cache(const Config& config, int n_ctx)
 Cache::~Cache() { munmap(data_, size_ * 2); }
 
 Model::Model(Config c, int n_threads, Mode mode)
-    : config(std::move(c)), mode(mode), skipping(mode == Mode::exact), k_(kernels()) {
+    : config(std::move(c)),
+      mode(mode),
+      skipping(mode != Mode::dense),
+      predicting(mode == Mode::predicted),
+      k_(kernels()) {
     set_threads(n_threads);
     layers_.resize(size_t(config.num_hidden_layers));
     ws_ = std::make_shared<Workspace>(config);
@@ -232,6 +237,15 @@ void Model::set_tensor(const std::string& name, Source s) {
         matrix(l.o, d, c.q_size());
     else if (rest == "mlp.gate_proj.weight")
         matrix(l.gate, ff, d);
+    else if (rest == "predictor.fc1.weight" && mode == Mode::predicted) {
+        if (s.shape.size() != 2 || s.shape[0] < 1 || s.shape[0] > 1 << 20)
+            fail(name + ": expected shape (rank, " + std::to_string(d) + ")");
+        matrix(l.predictor.fc1, int(s.shape[0]), d);
+    } else if (rest == "predictor.fc2.weight" && mode == Mode::predicted) {
+        if (!l.predictor.fc1.data) fail(name + ": fc1 must come first");
+        matrix(l.predictor.score, ff, l.predictor.fc1.rows);
+    } else if (rest == "predictor.sketch.weight" && mode == Mode::predicted)
+        matrix(l.predictor.score, ff, d);
     else if (rest == "mlp.up_proj.weight" && !skipping)
         matrix(l.up, ff, d);
     else if (rest == "mlp.down_proj.weight" && !skipping)
@@ -243,6 +257,45 @@ void Model::set_tensor(const std::string& name, Source s) {
         if (l.up_source.data && l.down_source.data) pack_neurons(l);
     } else
         fail("unknown tensor " + name);
+}
+
+void Model::set_predictor(const std::string& kind, bool residual, const std::vector<float>& thresholds) {
+    if (mode != Mode::predicted) fail("only predicted mode takes a predictor");
+    if (thresholds.size() != layers_.size())
+        fail(std::to_string(thresholds.size()) + " thresholds for " + std::to_string(layers_.size()) +
+             " layers");
+    using Kind = Predictor::Kind;
+    const Kind k = kind == "lowrank"  ? Kind::lowrank
+                   : kind == "sketch" ? Kind::sketch
+                   : kind == "sign"   ? Kind::sign
+                                      : Kind::none;
+    if (k == Kind::none) fail("unknown predictor " + kind);
+    if (residual && k != Kind::lowrank) fail("a " + kind + " predictor sees what the gate sees");
+    std::lock_guard lock(busy_);
+    for (size_t i = 0; i < layers_.size(); i++) {
+        if (!std::isfinite(thresholds[i])) fail("thresholds must be finite");
+        Predictor& p = layers_[i].predictor;
+        p.kind = k, p.residual = residual, p.threshold = thresholds[i];
+    }
+}
+
+void Model::finish_predictor(Layer& l, const std::string& prefix) {
+    Predictor& p = l.predictor;
+    if (p.kind == Predictor::Kind::none) fail("predicted mode needs a predictor");
+    if (p.kind != Predictor::Kind::sign) {
+        const bool lowrank = p.kind == Predictor::Kind::lowrank;
+        const int cols = lowrank ? p.fc1.rows : config.hidden_size;
+        if (!p.score.data || (lowrank && !p.fc1.data) || p.score.cols != cols)
+            fail("missing tensor " + prefix + (lowrank ? "predictor.fc2.weight" : "predictor.sketch.weight"));
+        return;
+    }
+    const size_t words = size_t(config.hidden_size + 63) / 64;
+    p.signs.assign(words * size_t(config.intermediate_size), 0);
+    std::vector<float> row(static_cast<size_t>(config.hidden_size));
+    for (int j = 0; j < config.intermediate_size; j++) {
+        k_.dequantize(l.gate.type, l.gate.row(j), config.hidden_size, row.data());
+        sign_bits(row.data(), config.hidden_size, &p.signs[size_t(j) * words]);
+    }
 }
 
 void Model::finish() {
@@ -266,6 +319,7 @@ void Model::finish() {
         need(l.down.data || l.neurons.records, p + "mlp.down_proj.weight");
         need(l.neurons.records || l.up.data, p + "mlp.up_proj.weight");
         need(!config.qk_norm || (!l.q_norm.empty() && !l.k_norm.empty()), p + "self_attn.q_norm.weight");
+        if (mode == Mode::predicted) finish_predictor(layers_[i], p);
     }
 }
 

@@ -61,10 +61,20 @@ struct Source {
     std::shared_ptr<void> keep_alive;
 };
 
+// Names the neurons that may be active before the gate is computed (src/prosparse/model/predictor.py).
+struct Predictor {
+    enum class Kind { none, lowrank, sketch, sign } kind = Kind::none;
+    bool residual = false;        // sees the residual stream, not what the gate sees
+    Matrix fc1{}, score{};        // lowrank: both; sketch: `score` is the copy of the gate
+    std::vector<uint64_t> signs;  // of the gate's rows, a bit a column
+    float threshold = 0;
+};
+
 struct Layer {
     std::vector<float> attn_norm, ffn_norm, q_norm, k_norm, q_bias, k_bias, v_bias;
     Matrix q{}, k{}, v{}, o{}, gate{}, up{}, down{};
-    Neurons neurons{};  // exact mode: up and down live here
+    Neurons neurons{};  // exact and predicted mode: up and down live here
+    Predictor predictor;
     Source up_source, down_source;
 };
 
@@ -93,17 +103,19 @@ class Cache {
 
 // Counters since the last reset. A neuron counts once per token; bytes are weights only.
 struct Stats {
-    uint64_t decode_tokens = 0, decode_active = 0, decode_bytes = 0;
+    uint64_t decode_tokens = 0, decode_active = 0, decode_candidates = 0, decode_bytes = 0;
     uint64_t prefill_tokens = 0, prefill_active = 0, prefill_bytes = 0;
 };
 
 class Model {
   public:
-    enum class Mode { exact, dense };
+    enum class Mode { exact, dense, predicted };
     Model(Config config, int n_threads, Mode mode);
 
     // Names are Hugging Face's. Throws std::invalid_argument for unknown names and shapes that do not fit.
     void set_tensor(const std::string& name, Source source);
+    // One threshold a layer; may be called again to move them. Throws unless the mode is predicted.
+    void set_predictor(const std::string& kind, bool residual, const std::vector<float>& thresholds);
     void finish();  // throws std::invalid_argument naming the first missing tensor
 
     // Appends tokens to the cache; writes logits of the last token, or of all, to `logits`.
@@ -114,8 +126,9 @@ class Model {
     const Config config;
     const Mode mode;
     Stats stats;
-    bool skipping;  // exact mode, until measured density makes it a loss: then weights are laid out as in
-                    // dense mode
+    bool skipping;    // exact mode, until measured density makes it a loss: then weights are laid out as in
+                      // dense mode
+    bool predicting;  // predicted mode; may be turned off and on, the layout is that of exact mode
     int n_threads() const { return pool_->n_threads(); }
     void set_threads(int n);
     size_t weight_bytes() const { return arena_.used(); }
@@ -129,6 +142,7 @@ class Model {
     struct Workspace;
 
     Matrix pack(const Source& s, int rows, int cols);
+    void finish_predictor(Layer& layer, const std::string& prefix);
     void pack_neurons(Layer& layer);
     void leave_exact();
     void release(const Source& s, size_t first, size_t last);  // of its bytes
@@ -140,6 +154,9 @@ class Model {
     void ffn_dense(Layer& layer);
     void ffn_exact(Layer& layer);
     uint64_t ffn_segment(const Neurons& n, const Matrix& gate, int first_group, int last_group, float* y);
+    void ffn_predicted(Layer& layer);
+    uint64_t predict(const Layer& layer);  // the predictor's part that is common to all neurons
+    void predicted_segment(const Layer& layer, int first_group, int last_group, float* y, int segment);
 
     void prefill(Cache& cache, std::span<const int32_t> tokens, const std::function<bool()>& interrupted,
                  bool& stopped);

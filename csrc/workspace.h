@@ -47,6 +47,20 @@ struct ActBuffer {
     }
 };
 
+// Requests a range into the second-level cache.
+inline void prefetch(const uint8_t* p, size_t bytes) {
+    for (size_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// A bit a value, set where it is negative; the last word is filled up with zeros.
+inline void sign_bits(const float* x, int n, uint64_t* out) {
+    for (int i = 0; i < n; i += 64) {
+        uint64_t bits = 0;
+        for (int k = i; k < std::min(n, i + 64); k++) bits |= uint64_t(x[k] < 0) << (k - i);
+        out[i / 64] = bits;
+    }
+}
+
 struct Model::Workspace {
     explicit Workspace(const Config& c) {
         x.resize(size_t(c.hidden_size));
@@ -57,6 +71,11 @@ struct Model::Workspace {
         in.resize(c.hidden_size);
         hidden.resize(c.intermediate_size);
         up.resize(size_t(c.intermediate_size));
+        residual.resize(c.hidden_size);
+        signs.resize(size_t(c.hidden_size + 63) / 64);
+        score.resize(size_t(c.intermediate_size));
+        candidates.resize(size_t(c.intermediate_size));
+        n_candidates.resize(kSegments);
         partial.resize(size_t(kSegments) * size_t(round_up(c.hidden_size, 64)));
     }
 
@@ -91,6 +110,12 @@ struct Model::Workspace {
     std::vector<float> x, q, k, v, up, partial;
     std::vector<float> cos, sin;  // [tokens of this call][head_dim / 2]
     ActBuffer in, attn, hidden;
+    // predicted mode: the residual stream, what fc1 makes of it, signs, scores and the candidates by segment
+    ActBuffer residual, predictor;
+    std::vector<uint64_t> signs;
+    std::vector<float> score;
+    std::vector<int> candidates;
+    std::vector<uint64_t> n_candidates;             // per segment
     std::vector<uint64_t> active;                   // per item of an FFN job
     std::vector<std::vector<float>> scores, heads;  // per thread
     // prefill: one row per token, leading dimensions padded to whole gemm panels

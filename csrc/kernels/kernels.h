@@ -119,7 +119,9 @@ struct Kernels {
     void (*add)(float* y, const float* x, float scale, int n);  // y += scale * x
     void (*activate)(ActFn fn, float param, const float* x, int n, float* out);
     void (*multiply)(const float* x, int n, float* y);  // y *= x
-    float (*read)(const void* p, size_t bytes);         // touches every line: bandwidth probe
+    // out[r] = signs that agree less signs that do not, of row r and x: `words` words of which `n` bits count
+    void (*sign_scores)(const uint64_t* rows, int count, int words, int n, const uint64_t* x, float* out);
+    float (*read)(const void* p, size_t bytes);  // touches every line: bandwidth probe
 };
 
 }  // namespace prosparse

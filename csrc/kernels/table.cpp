@@ -28,6 +28,7 @@ const Kernels PS_CAT(kernels_, PROSPARSE_ISA) = {
     .add = PS_NS::add,
     .activate = PS_NS::activate_all,
     .multiply = PS_NS::multiply,
+    .sign_scores = PS_NS::sign_scores,
     .read = PS_NS::read,
 };
 

@@ -23,6 +23,7 @@ void to_half(const float* x, int n, uint16_t* out);
 void add(float* y, const float* x, float scale, int n);
 void activate_all(ActFn fn, float param, const float* x, int n, float* out);
 void multiply(const float* x, int n, float* y);
+void sign_scores(const uint64_t* rows, int count, int words, int n, const uint64_t* x, float* out);
 float read(const void* p, size_t bytes);
 
 extern const int kPanel, kTokenTile;

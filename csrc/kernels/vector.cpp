@@ -133,6 +133,14 @@ void quantize(const float* x, int n, Acts* out) {
     }
 }
 
+void sign_scores(const uint64_t* rows, int count, int words, int n, const uint64_t* x, float* out) {
+    for (int r = 0; r < count; r++, rows += words) {
+        int differ = 0;
+        for (int i = 0; i < words; i++) differ += __builtin_popcountll(rows[i] ^ x[i]);
+        out[r] = float(n - 2 * differ);
+    }
+}
+
 float read(const void* p, size_t bytes) {
     const float* f = (const float*)p;
     vf s[8] = {};

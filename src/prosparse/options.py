@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def add_model(parser: argparse.ArgumentParser, *, default: str | None = None, ctx: bool = True) -> None:
-    """`-m -t --mode --hidden-act --hidden-act-param --json`, and `-c`."""
+    """`-m -t --mode --recall --hidden-act --hidden-act-param --json`, and `-c`."""
     parser.add_argument(
         "-m",
         "--model",
@@ -32,7 +32,14 @@ def add_model(parser: argparse.ArgumentParser, *, default: str | None = None, ct
     parser.add_argument(
         "--mode",
         default="auto",
-        help="exact (skips inactive neurons, same result), dense, or auto: exact if there are any [auto]",
+        help="exact (skips inactive neurons, same result), dense, predicted (computes the neurons that the "
+        "model's predictors name), or auto: exact if there are any [auto]",
+    )
+    parser.add_argument(
+        "--recall",
+        type=float,
+        metavar="R",
+        help="share of active neurons to find; with --mode auto, predicted where it is faster than exact",
     )
     parser.add_argument("--hidden-act", metavar="ACT", help="replace the model's activation, for experiments")
     parser.add_argument("--hidden-act-param", type=float, metavar="T", help="its threshold or shift")
@@ -71,6 +78,7 @@ def load(args: argparse.Namespace, **changes: Any) -> "LLM":
         "n_ctx": getattr(args, "ctx_size", None),
         "n_threads": args.threads,
         "mode": args.mode,
+        "recall": args.recall,
         "hidden_act": args.hidden_act,
         "hidden_act_param": args.hidden_act_param,
     }

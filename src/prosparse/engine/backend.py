@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from prosparse.model.config import ModelConfig
+from prosparse.model.model import Model, Tensor
 
 _DEFAULT_CTX = 4096
 
@@ -62,17 +63,50 @@ def choose_ctx(config: ModelConfig, n_ctx: int | None) -> int:
     return n_ctx
 
 
-def choose_mode(config: ModelConfig, mode: str) -> tuple[str, str]:
-    """The mode, exact or dense, and the reason for it."""
-    activation = config.activation
+def choose_mode(model: Model, mode: str, recall: float | None) -> tuple[str, str]:
+    """The mode, exact, dense or predicted, and the reason for it.
+
+    auto keeps results exact unless a `recall` is asked for; then it says predicted, for the caller to measure
+    whether that is faster.
+    """
+    activation = model.config.activation
     zeros = "has exact zeros to skip" if activation.sparse else "has no exact zeros to skip"
+    if mode not in ("auto", "exact", "dense", "predicted"):
+        raise ValueError(f"mode must be auto, exact, dense or predicted, not {mode!r}")
+    if recall is not None and mode in ("exact", "dense"):
+        raise ValueError(f"a recall is for predicted mode; {mode} mode finds all active neurons")
+    if mode in ("exact", "predicted") and not activation.sparse:
+        raise ValueError(f"mode {mode} needs a sparse activation, but {activation.name} {zeros}: use dense")
+    if (mode == "predicted" or recall is not None) and model.predictors is None:
+        raise ValueError(f"{model.name} has no predictors: make them with `prosparse predict`")
+    if mode == "auto" and recall is not None:
+        return "predicted", f"recall {recall:g} was asked for"
     if mode == "auto":
         return "exact" if activation.sparse else "dense", f"{activation.name} {zeros}"
-    if mode not in ("exact", "dense"):
-        raise ValueError(f"mode must be auto, exact or dense, not {mode!r}")
-    if mode == "exact" and not activation.sparse:
-        raise ValueError(f"mode exact needs a sparse activation, but {activation.name} {zeros}: use dense")
     return mode, "as asked"
+
+
+def set_predictors(core: Any, model: Model, recall: float) -> None:
+    """Hands a model's predictors to the engine, calibrated to `recall`."""
+    from prosparse.formats.quants import quantize, to_native
+
+    predictors = model.predictors
+    assert predictors is not None
+    thresholds = predictors.at(recall).tolist()
+    for i in range(model.config.num_hidden_layers):
+        parts: dict[str, Tensor] = {}
+        if predictors.kind == "lowrank":
+            parts = dict(zip(("fc1", "fc2"), predictors.networks[i], strict=True))
+        elif predictors.kind == "sketch":
+            gate = model.tensors[f"model.layers.{i}.mlp.gate_proj.weight"]
+            data = quantize(gate.dequantize(), predictors.sketch)
+            parts = {"sketch": Tensor(predictors.sketch, gate.shape, data)}
+        for part, tensor in parts.items():
+            native = to_native(tensor)
+            data = native.data
+            name = f"model.layers.{i}.predictor.{part}.weight"
+            core.set_tensor(name, native.type, native.shape, data, is_file_view(data))
+    core.set_predictor(predictors.kind, predictors.input == "residual", thresholds)
 
 
 def choose_threads(n_threads: int | None) -> int:

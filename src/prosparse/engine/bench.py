@@ -36,22 +36,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--n-gen", type=int, default=128, help="tokens to decode, 0 for none")
     parser.add_argument("-t", "--threads", type=int, help="default: one per usable core")
     parser.add_argument("-r", "--repetitions", type=int, default=5)
-    parser.add_argument("--mode", help="exact, dense, or exact,dense (default: what the activation allows)")
+    parser.add_argument(
+        "--mode",
+        help="a list of exact, dense and predicted (default: what the activation and the file allow)",
+    )
+    parser.add_argument("--recall", type=float, metavar="R", help="of predicted mode [the file's]")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
 def main(args: argparse.Namespace) -> int:
     modes = args.mode.split(",") if args.mode else None
-    result = bench(args.model, args.n_prompt, args.n_gen, args.repetitions, modes, args.threads)
+    result = bench(args.model, args.n_prompt, args.n_gen, args.repetitions, modes, args.threads, args.recall)
     print(
         f"{result['model']}, {result['isa']}, {result['threads']} threads, "
         f"memory reads {result['bandwidth_gb_s']:.1f} GB/s"
     )
-    print(f"{'mode':<8}{'test':<8}{'tokens/s':>18}{'inactive':>10}{'GB/s':>8}{'of measured':>13}")
+    print(f"{'mode':<11}{'test':<8}{'tokens/s':>18}{'inactive':>10}{'GB/s':>8}{'of measured':>13}")
     for row in result["rows"]:
-        print(f"{row['mode']:<8}{row['test']:<8}{row['tok_s']:>10.2f} ± {row['sd']:<5.2f}", end="")
+        print(f"{row['mode']:<11}{row['test']:<8}{row['tok_s']:>10.2f} ± {row['sd']:<5.2f}", end="")
         if "gb_s" in row:
             print(f"{row['sparsity']:>10.1%}{row['gb_s']:>8.1f}{row['bandwidth_share']:>13.0%}", end="")
+        if "predicted_sparsity" in row:
+            print(f"   {row['predicted_sparsity']:.1%} of the gates not read", end="")
         print()
     if args.json:
         print(json.dumps(result))
@@ -65,6 +71,7 @@ def bench(
     repetitions: int = 5,
     modes: Sequence[str] | None = None,
     n_threads: int | None = None,
+    recall: float | None = None,
 ) -> dict[str, Any]:
     """One row a mode and test, after a warm-up; the modes take turns, so that all meet the same machine.
 
@@ -81,8 +88,12 @@ def bench(
     model = open_model(path)
     if modes is None:
         modes = ("exact", "dense") if model.config.activation.sparse else ("dense",)
+        modes = ("predicted", *modes) if model.predictors else modes
     n_ctx = max(n_prompt, n_gen)
-    llms = {mode: LLM(model, n_ctx=n_ctx, n_threads=n_threads, mode=mode) for mode in modes}
+    recalls = {mode: recall if mode == "predicted" else None for mode in modes}
+    llms = {
+        mode: LLM(model, n_ctx=n_ctx, n_threads=n_threads, mode=mode, recall=recalls[mode]) for mode in modes
+    }
     threads = llms[modes[0]].n_threads
     tokens = sample_tokens(llms[modes[0]].tokenizer, n_ctx)
     tests = {f"pp{n_prompt}": (_prefill, tokens[:n_prompt]), f"tg{n_gen}": (_decode, tokens[:n_gen])}
@@ -110,6 +121,8 @@ def bench(
             gb_s = stats["weight_bytes_read"] / stats["tokens"] * mean / 1e9
             row |= {"gb_s": gb_s, "bandwidth_share": gb_s / bandwidth}
             row["sparsity"] = 1 - stats["active"] / stats["neurons"]
+            if mode == "predicted":
+                row["predicted_sparsity"] = 1 - stats["candidates"] / stats["neurons"]
         rows.append(row)
     return {
         "model": model.name,

@@ -17,6 +17,7 @@ from prosparse.engine.backend import (
     choose_threads,
     core_config,
     is_file_view,
+    set_predictors,
 )
 from prosparse.engine.completion import Chunk, Completion
 from prosparse.engine.sampler import Sampler, SamplingParams
@@ -30,6 +31,7 @@ from prosparse.model.tokenizer import Tokenizer
 log = logging.getLogger("prosparse")
 
 _SAMPLING = SamplingParams()
+_TRIALS = 12  # tokens a mode is timed on
 _LOGITS_FLOATS = 2**24  # logits that `logprobs` holds at a time: 64 MB
 
 
@@ -37,8 +39,11 @@ class LLM:
     """A model ready to run on the CPU.
 
     `n_ctx`: context in tokens (default 4096, or less if the model was trained for less). `n_threads`: default
-    one per usable core. `mode`: "exact" skips inactive neurons and gives the same result as "dense"; "auto"
-    takes exact where the activation has exact zeros. `backend`: "cpu", or "naive" (numpy, for tests).
+    one per usable core. `mode`: "exact" skips inactive neurons and gives the same result as "dense";
+    "predicted" computes, of a decoded token, only the neurons that the model's predictors name, which may
+    miss some; `recall` is the share of active neurons they are to find (default: the file's). "auto" takes
+    exact where the activation has exact zeros, and with a `recall` whichever of exact and predicted is faster
+    here. `backend`: "cpu", or "naive" (numpy, for tests).
     """
 
     def __init__(
@@ -48,17 +53,44 @@ class LLM:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         mode: str = "auto",
+        recall: float | None = None,
         backend: str = "cpu",
     ) -> None:
         self.config = model.config
         self.name = model.name
         self.n_ctx = choose_ctx(model.config, n_ctx)
-        self.mode, self._mode_reason = choose_mode(model.config, mode)
+        self.mode, self._mode_reason = choose_mode(model, mode, recall)
+        self.recall: float | None = None
         model_class, self._cache_class = backend_classes(backend)
         self._tokenizer_data = model.tokenizer
         self._core = model_class(core_config(model.config), choose_threads(n_threads), self.mode)
         self.traffic = self._set_tensors(model.tensors)
+        if self.mode == "predicted":
+            assert model.predictors is not None, "choose_mode has seen to it"
+            self.recall = model.predictors.default if recall is None else recall
+            set_predictors(self._core, model, self.recall)
         self._core.finish()
+        if self.mode == "predicted" and mode == "auto":
+            self._keep_the_faster()
+
+    def _keep_the_faster(self) -> None:
+        """Predicted mode stays only where it is faster than exact mode, both measured now, in turns."""
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        cache = self.new_cache(2)
+        token = np.zeros(1, np.int32)
+        self._core.forward(cache, token, False)
+        for _ in range(_TRIALS):
+            for predicting, times in seconds.items():
+                self._core.predicting = predicting
+                cache.truncate(1)
+                start = perf_counter()
+                self._core.forward(cache, token, False)
+                times.append(perf_counter() - start)
+        gain = float(np.median(seconds[False]) / np.median(seconds[True]))
+        self._core.reset_stats()
+        self._core.predicting = gain > 1
+        self.mode = "predicted" if gain > 1 else "exact"
+        self._mode_reason = f"measured {gain:.2f} times as fast predicted as exact"
 
     def _set_tensors(self, tensors: Mapping[str, Tensor]) -> Traffic:
         nbytes: dict[str, int] = {}
@@ -102,6 +134,8 @@ class LLM:
         """The mode that runs and why, in one line."""
         if self.mode == "exact" and not self._core.skipping:
             return "dense: so many neurons are active that skipping the others would cost time"
+        if self.mode == "predicted":
+            return f"predicted, recall {self.recall:g}: {self._mode_reason}"
         return f"{self.mode}: {self._mode_reason}"
 
     def new_cache(self, n_ctx: int | None = None) -> Any:
@@ -263,6 +297,8 @@ class LLM:
         if start:
             self._core.forward(cache, ids[:start], False)
         step = max(1, min(512, _LOGITS_FLOATS // self.config.vocab_size))
+        if self.mode == "predicted":
+            step = 1  # prompts are not predicted, and it is predictions that are to be judged
         for a in range(start, n, step):
             b = min(a + step, n)
             logits = self._core.forward(cache, ids[a:b], True)

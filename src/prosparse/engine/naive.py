@@ -11,21 +11,24 @@ import numpy as np
 
 from prosparse.model.activation import Activation
 from prosparse.model.model import Tensor
+from prosparse.model.predictor import Kind, scores
 
 
 class NaiveModel:
-    """`config` is the flat dict that `backend.core_config` makes; `mode` is "exact" or "dense"."""
+    """`config` is the flat dict that `backend.core_config` makes; `mode`: exact, dense or predicted."""
 
     def __init__(self, config: Mapping[str, Any], n_threads: int = 1, mode: str = "exact") -> None:
-        if mode not in ("exact", "dense"):
-            raise ValueError(f"mode must be exact or dense, not {mode!r}")
+        if mode not in ("exact", "dense", "predicted"):
+            raise ValueError(f"mode must be exact, dense or predicted, not {mode!r}")
         self.config = dict(config)
         self.n_threads = n_threads
         self.mode = mode
-        self.skipping = mode == "exact"  # the native engine gives it up where it does not pay
+        self.skipping = mode != "dense"  # the native engine gives it up where it does not pay
+        self.predicting = mode == "predicted"
+        self._predictor: tuple[Kind, bool, np.ndarray] | None = None
         self._activation = Activation(config["hidden_act"], config["hidden_act_param"])
-        if mode == "exact" and not self._activation.sparse:
-            raise ValueError(f"exact mode needs an activation with exact zeros, not {self._activation.name}")
+        if mode != "dense" and not self._activation.sparse:
+            raise ValueError(f"{mode} mode needs an activation with exact zeros, not {self._activation.name}")
         self._inv_freq = np.asarray(config["inv_freq"], np.float32)
         self._weights: dict[str, np.ndarray] = {}
         self._nbytes: dict[str, int] = {}
@@ -38,16 +41,30 @@ class NaiveModel:
         self._weights[name] = Tensor(type, tuple(shape), data).dequantize()
         self._nbytes[name] = data.nbytes
 
+    def set_predictor(self, kind: Kind, residual: bool, thresholds: Sequence[float]) -> None:
+        """Thresholds [layers]; weights are the tensors `model.layers.N.predictor...`. See `Predictors`."""
+        if self.mode != "predicted":
+            raise ValueError("only predicted mode takes a predictor")
+        self._predictor = kind, residual, np.asarray(thresholds, np.float32)
+
     def finish(self) -> None:
         """Call after the last `set_tensor`."""
+        if self.mode == "predicted" and self._predictor is None:
+            raise ValueError("predicted mode needs a predictor")
         head = "lm_head.weight" if "lm_head.weight" in self._weights else "model.embed_tokens.weight"
         self._head_VD = self._weights[head]
         embedding_row = self._nbytes["model.embed_tokens.weight"] // self.config["vocab_size"]
-        always = [n for n in self._nbytes if n.startswith("model.layers.") and not _is_skipped(n)]
+        layers = [n for n in self._nbytes if n.startswith("model.layers.") and ".predictor." not in n]
+        always = [n for n in layers if not _is_skipped(n)]
         self._always_bytes = (
             sum(self._nbytes[n] for n in (*always, "model.norm.weight", head)) + embedding_row
         )
         self._skipped_bytes = sum(n for name, n in self._nbytes.items() if _is_skipped(name))
+        self._gate_bytes = sum(n for name, n in self._nbytes.items() if ".gate_proj." in name)
+        self._predictor_bytes = sum(n for name, n in self._nbytes.items() if ".predictor." in name)
+        if self._predictor is not None and self._predictor[0] == "sign":
+            neurons = self.config["num_hidden_layers"] * self.config["intermediate_size"]
+            self._predictor_bytes = neurons * -(-self.config["hidden_size"] // 64) * 8
 
     def forward(
         self, cache: "NaiveCache", tokens: Sequence[int] | np.ndarray, all_logits: bool = False
@@ -72,7 +89,11 @@ class NaiveModel:
             x_TD = self._norm(h_TD, f"model.layers.{layer}.input_layernorm")
             h_TD = h_TD + residual * self._attention(layer, x_TD, rope_TK, cache)
             x_TD = self._norm(h_TD, f"model.layers.{layer}.post_attention_layernorm")
-            h_TD = h_TD + residual * self._ffn(layer, x_TD)
+            # a prompt has its gates computed all the same: the union of many tokens' neurons is most of them
+            if self.predicting and len(x_TD) == 1:
+                h_TD = h_TD + residual * self._predicted_ffn(layer, h_TD, x_TD)
+            else:
+                h_TD = h_TD + residual * self._ffn(layer, x_TD)
         cache.n_past += ids.size
 
         self._stats[_kind(ids.size) + "tokens"] += ids.size
@@ -82,18 +103,22 @@ class NaiveModel:
 
     def stats(self) -> dict[str, int]:
         """Since `reset_stats`, of decoding: `tokens`; how many of `neurons` (over tokens and layers) were
-        `active`; `weight_bytes_read`. The same of prefill under `prefill_...`, as if token by token."""
+        `active`; `weight_bytes_read`. The same of prefill under `prefill_...`, as if token by token. In
+        predicted mode also how many neurons were `candidates`."""
         stats = dict(self._stats)
         for kind in ("", "prefill_"):
-            density = (
-                stats[kind + "active"] / max(stats[kind + "neurons"], 1) if self.mode == "exact" else 1.0
-            )
+            neurons = max(stats[kind + "neurons"], 1)
+            density = stats[kind + "active"] / neurons if self.mode != "dense" else 1.0
             per_token = self._always_bytes + density * self._skipped_bytes
+            if self.predicting and not kind:
+                unread = 1 - stats["candidates"] / neurons
+                per_token += self._predictor_bytes - unread * self._gate_bytes
             stats[kind + "weight_bytes_read"] = round(stats[kind + "tokens"] * per_token)
         return stats
 
     def reset_stats(self) -> None:
-        self._stats = {f"{kind}{n}": 0 for kind in ("", "prefill_") for n in ("tokens", "active", "neurons")}
+        names = [f"{kind}{n}" for kind in ("", "prefill_") for n in ("tokens", "active", "neurons")]
+        self._stats = dict.fromkeys([*names, "candidates"], 0)
 
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
         """RMS norm over the last axis."""
@@ -146,6 +171,26 @@ class NaiveModel:
             active = np.flatnonzero(gate_F)
             y_D[:] = down_DF[:, active] @ (gate_F[active] * (up_FD[active] @ x_D))
         return y_TD
+
+    def _predicted_ffn(self, layer: int, h_TD: np.ndarray, x_TD: np.ndarray) -> np.ndarray:
+        """Of one token: gates of the candidates only, then up and down of those that are active."""
+        assert self._predictor is not None, "finish has seen to it"
+        kind, residual, thresholds = self._predictor
+        name = f"model.layers.{layer}"
+        parts = {"lowrank": ("predictor.fc1", "predictor.fc2"), "sketch": ("predictor.sketch",)}
+        weights = [self._weights[f"{name}.{part}.weight"] for part in parts.get(kind, ("mlp.gate_proj",))]
+        score_F = scores(kind, h_TD if residual else x_TD, weights)[0]
+        # a score that is NaN names its neuron
+        candidates = np.flatnonzero(~(score_F < thresholds[layer]))
+        gate_FD, up_FD, down_DF = (
+            self._weights[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")
+        )
+        gate = self._activation(gate_FD[candidates] @ x_TD[0])
+        active, gate = candidates[gate != 0], gate[gate != 0]
+        self._stats["candidates"] += candidates.size
+        self._stats["active"] += active.size
+        self._stats["neurons"] += len(gate_FD)
+        return (down_DF[:, active] @ (gate * (up_FD[active] @ x_TD[0])))[None]
 
 
 class NaiveCache:

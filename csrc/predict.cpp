@@ -1,0 +1,131 @@
+// Predicted mode: the FFN of a decoded token for the neurons that a predictor names.
+#include <algorithm>
+#include <cstring>
+
+#include "model.h"
+#include "workspace.h"
+
+namespace prosparse {
+
+uint64_t Model::predict(const Layer& l) {
+    Workspace& w = *ws_;
+    const Predictor& p = l.predictor;
+    if (p.kind == Predictor::Kind::sign) sign_bits(w.in.acts.f, config.hidden_size, w.signs.data());
+    if (p.kind != Predictor::Kind::lowrank) return 0;
+    const Acts* x = &w.in.acts;
+    if (p.residual) {
+        k_.quantize(w.x.data(), config.hidden_size, &w.residual.acts);
+        x = &w.residual.acts;
+    }
+    const int rank = p.fc1.rows;
+    if (int(w.predictor.f.size()) < round_up(rank, 64)) w.predictor.resize(rank);
+    const uint64_t bytes = project({{&p.fc1, w.predictor.acts.f, nullptr}}, *x, 1.0f, false);
+    k_.activate(ActFn::relu, 0.0f, w.predictor.acts.f, rank, w.predictor.acts.f);
+    k_.quantize(w.predictor.acts.f, rank, &w.predictor.acts);
+    return bytes;
+}
+
+// Candidates are known before any of their weights is read, so gates are requested two groups ahead, and the
+// rest of the neurons that turned out active one group ahead.
+void Model::predicted_segment(const Layer& l, int first, int last, float* y, int segment) {
+    Workspace& w = *ws_;
+    const Neurons& n = l.neurons;
+    const Predictor& p = l.predictor;
+    const Acts& x = w.in.acts;
+    const int j0 = first * kGroup, j1 = std::min(last * kGroup, n.count);
+    float* score = &w.score[size_t(j0)];
+    if (p.kind == Predictor::Kind::sign) {
+        const int words = int(w.signs.size());
+        k_.sign_scores(&p.signs[size_t(j0) * size_t(words)], j1 - j0, words, config.hidden_size,
+                       w.signs.data(), score);
+    } else {
+        k_.matvec(&p.score, j0, j1, p.kind == Predictor::Kind::lowrank ? &w.predictor.acts : &x, score);
+    }
+    int* candidates = &w.candidates[size_t(j0)];
+    int count = 0;
+    for (int j = j0; j < j1; j++) {  // a score that is NaN names its neuron
+        candidates[count] = j;
+        count += !(score[j - j0] < p.threshold);
+    }
+
+    std::memset(y, 0, size_t(round_up(n.width, 64)) * 4);
+    // ends[i]: the first candidate that is not in the group of candidate i
+    auto end_of = [&](int i) {
+        const int group = candidates[i] / kGroup;
+        int end = i;
+        while (end < count && candidates[end] / kGroup == group) end++;
+        return end;
+    };
+    auto fetch_gates = [&](int from, int to) {
+        for (int i = from; i < to; i++) prefetch(l.gate.row(candidates[i]), l.gate.stride);
+    };
+    int pending[kGroup], n_pending = 0, group = 0;
+    float act[kGroup], x1[kGroup];
+    const uint8_t* rows[kGroup];
+    uint64_t active = 0;
+    auto finish = [&] {
+        if (!n_pending) return;
+        for (int i = 0; i < n_pending; i++) {
+            x1[i] = act[i] * k_.dot(n.up_type, n.up(pending[i]), n.width, &x);
+            rows[i] = n.down(pending[i]);
+        }
+        k_.down(n.down_type, rows, x1, n_pending, n.group_scales(group), n.width, y);
+        active += uint64_t(n_pending);
+    };
+    int next = count ? end_of(0) : 0, fetched = next < count ? end_of(next) : next;
+    fetch_gates(0, fetched);
+    for (int i = 0; i < count;) {
+        const int end = next;
+        next = fetched;
+        const int until = fetched < count ? end_of(fetched) : fetched;
+        fetch_gates(fetched, until);
+        fetched = until;
+        float pre[kGroup];
+        for (int k = i; k < end; k++)
+            pre[k - i] = k_.dot(l.gate.type, l.gate.row(candidates[k]), n.width, &x);
+        k_.activate(config.hidden_act, config.hidden_act_param, pre, end - i, pre);
+        int fresh[kGroup], n_fresh = 0;
+        for (int k = i; k < end; k++) {
+            if (pre[k - i] == 0.0f) continue;
+            pre[n_fresh] = pre[k - i];
+            fresh[n_fresh++] = candidates[k];
+            prefetch(n.up(candidates[k]), n.record);
+        }
+        const int fresh_group = candidates[i] / kGroup;
+        if (n_fresh) prefetch(n.group_scales(fresh_group), n.scale_stride);
+        finish();
+        n_pending = n_fresh, group = fresh_group;
+        std::copy(fresh, fresh + n_fresh, pending);
+        std::copy(pre, pre + n_fresh, act);
+        i = end;
+    }
+    finish();
+    w.n_candidates[size_t(segment)] = uint64_t(count);
+    w.active[size_t(segment)] = active;
+}
+
+void Model::ffn_predicted(Layer& l) {
+    Workspace& w = *ws_;
+    const Neurons& n = l.neurons;
+    const Predictor& p = l.predictor;
+    stats.decode_bytes += predict(l);
+    const int groups = (n.count + kGroup - 1) / kGroup, width = round_up(n.width, 64);
+    const int segments = std::min(kSegments, groups);
+    pool_->run(segments, [&](int s, int) {
+        predicted_segment(l, groups * s / segments, groups * (s + 1) / segments,
+                          &w.partial[size_t(s) * size_t(width)], s);
+    });
+    uint64_t active = 0, candidates = 0;
+    for (int s = 0; s < segments; s++) {
+        active += w.active[size_t(s)];
+        candidates += w.n_candidates[size_t(s)];
+        k_.add(w.x.data(), &w.partial[size_t(s) * size_t(width)], config.residual_scale, n.width);
+    }
+    stats.decode_active += active;
+    stats.decode_candidates += candidates;
+    // scales of a group are read where any of its neurons is active: nearly all groups
+    stats.decode_bytes += p.score.stride * size_t(p.score.rows) + p.signs.size() * 8 +
+                          l.gate.stride * candidates + n.record * active + n.scale_stride * size_t(groups);
+}
+
+}  // namespace prosparse
