@@ -25,6 +25,7 @@ from prosparse.model.activation import Activation
 from prosparse.model.config import ModelConfig
 from prosparse.model.model import Model, Tensor
 from prosparse.model.names import expected_tensors
+from prosparse.model.predictor import Predictors
 from prosparse.model.tokenizer import TokenizerData
 
 NUMBERS = [0, 1, 2, 3, 7, 31, 32, 33, 255, 1 << 15, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32]
@@ -56,6 +57,9 @@ def seed_file() -> bytes:
     for name, shape in expected_tensors(config).items():
         kind = KINDS.get(name.split(".")[-2], "F32")
         tensors[name] = Tensor(kind, shape, quantize(rng.standard_normal(shape), kind))
+    pair = [Tensor("F32", (8, 32), quantize(rng.standard_normal((8, 32)), "F32"))]
+    pair.append(Tensor("F16", (32, 8), quantize(rng.standard_normal((32, 8)), "F16")))
+    predictors = Predictors("lowrank", "residual", (0.9, 0.99), ((0.5, -0.5),), 0.9, ((pair[0], pair[1]),))
     tokenizer = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "b", "▁", "a", "▁a", "é"],
@@ -67,7 +71,7 @@ def seed_file() -> bytes:
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "seed.gguf"
-        write_model(path, Model(config, tensors, TokenizerData("gguf", tokenizer), "seed"))
+        write_model(path, Model(config, tensors, TokenizerData("gguf", tokenizer), "seed", predictors))
         return path.read_bytes()
 
 

@@ -1,5 +1,7 @@
 """Folded models compute the same as the models they came from."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ from prosparse.engine.engine import LLM
 from prosparse.model.activation import Activation
 from prosparse.model.config import ModelConfig
 from prosparse.model.fold import fold_scales, fold_thresholds
+from prosparse.model.model import Tensor
+from prosparse.model.predictor import Predictors, scores
 
 
 def minicpm(tiny_model, tied):
@@ -83,3 +87,32 @@ def test_folded_config_is_plain_llama(tiny_model):
     config = fold_scales(minicpm(tiny_model, True)).config
     assert "scale_emb" not in config.to_hf()
     assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "sketch", "sign"])
+def test_predictions_survive_a_folded_threshold(tiny_model, kind):
+    model = tiny_model(act="fatrelu", act_param=0.2)
+    rng = np.random.default_rng(0)
+    networks = ()
+    if kind == "lowrank":
+        shapes = ((8, 96), (160, 8))
+        networks = tuple(
+            tuple(Tensor("F32", s, rng.standard_normal(s, np.float32).view(np.uint8)) for s in shapes)
+            for _ in range(2)
+        )
+    seen = "residual" if kind == "lowrank" else "normed"
+    model = replace(
+        model, predictors=Predictors(kind, seen, (0.9, 0.99), ((0.5, 0.1), (0.3, -0.2)), 0.9, networks)
+    )
+    folded = fold_thresholds(model, [0.1, 0.4], 0.2)
+    x = rng.standard_normal((50, 96)).astype(np.float32)
+    for layer in range(2):
+
+        def predicted(m, layer=layer):
+            gate = m.tensors[f"model.layers.{layer}.mlp.gate_proj.weight"]
+            weights = m.predictors.networks[layer] if kind == "lowrank" else (gate,)
+            found = scores(kind, x, [w.dequantize() for w in weights])
+            return [found >= np.float32(t) for t in m.predictors.thresholds[layer]]
+
+        assert np.array_equal(predicted(model), predicted(folded))
+    assert fold_scales(model).predictors is model.predictors

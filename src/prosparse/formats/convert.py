@@ -5,20 +5,23 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prosparse.formats import predictors
 from prosparse.formats.gguf import read_gguf, write_gguf
 from prosparse.formats.hf import write_folder
 from prosparse.formats.open import find, interleave, open_model
-from prosparse.formats.quants import NATIVE, quantize
+from prosparse.formats.quants import NATIVE, with_type
 from prosparse.model import names
 from prosparse.model.config import ModelConfig
 from prosparse.model.fold import fold_scales
-from prosparse.model.model import Model, Tensor
+from prosparse.model.model import BLOCKS, Model, Tensor
+from prosparse.model.predictor import Predictors
 
 _FLOATS = ("F32", "F16", "BF16")
 _SMALL = ("Q5_1", "Q4_1", "Q4_0")
@@ -28,13 +31,19 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_1": 9, "
 
 
 def convert(
-    source: str | Path, target: str | Path, kind: str | None = None, *, fold: bool = False, pure: bool = False
+    source: str | Path,
+    target: str | Path,
+    kind: str | None = None,
+    *,
+    fold: bool = False,
+    pure: bool = False,
+    keep_predictors: bool = True,
 ) -> Model:
     """Convert the model at `source` to a GGUF file (`target` ends in .gguf) or an HF folder; returns what
     was written.
 
     `kind` is the type of the matrices; None keeps theirs, or for an HF folder makes quantised ones F16.
-    Types of 4 and 5 bits keep embedding and output at Q8_0 unless `pure`. Vectors are always F32.
+    Types of 4 and 5 bits keep embedding, output and predictors at Q8_0 unless `pure`. Vectors are always F32.
     """
     model = open_model(source)
     target = Path(target)
@@ -60,7 +69,10 @@ def convert(
         else:
             wanted = kind
         tensors[name] = with_type(tensor, wanted)
-    model = Model(model.config, tensors, model.tokenizer, model.name)
+    kept = model.predictors if keep_predictors else None
+    if kept:
+        kept = _retyped(kept, "Q8_0" if kind in _SMALL and not pure else kind, to_gguf)
+    model = Model(model.config, tensors, model.tokenizer, model.name, kept)
     if to_gguf:
         write_model(target, model, _provenance(source))
     else:
@@ -75,11 +87,14 @@ def _kept_type(stored: str, tensor: Tensor, to_gguf: bool) -> str:
     return stored if tensor.type == stored or stored in NATIVE else "Q8_0"
 
 
-def with_type(tensor: Tensor, kind: str) -> Tensor:
-    """The tensor in another type, quantised whenever its data is asked for."""
-    if tensor.type == kind:
-        return tensor
-    return Tensor(kind, tensor.shape, lambda: quantize(tensor.dequantize(), kind))
+def _retyped(predictors: Predictors, kind: str | None, to_gguf: bool) -> Predictors:
+    """Networks in this type, or where their rows are no whole number of its blocks, in F16."""
+
+    def one(tensor: Tensor) -> Tensor:
+        wanted = kind or _kept_type(tensor.type, tensor, to_gguf)
+        return with_type(tensor, "F16" if tensor.shape[1] % BLOCKS[wanted][0] else wanted)
+
+    return replace(predictors, networks=tuple((one(a), one(b)) for a, b in predictors.networks))
 
 
 def _main_type(tensors: Mapping[str, Tensor]) -> str:
@@ -103,7 +118,7 @@ def _provenance(source: str | Path) -> dict[str, Any]:
 
 
 def write_model(path: Path, model: Model, more: Mapping[str, Any] | None = None) -> None:
-    """Write a model as a GGUF file, tokenizer and activation included; `more` are further keys."""
+    """Write a model as a GGUF file, with tokenizer, activation and predictors; `more` are further keys."""
     config = model.config
     settings = config.to_gguf()
     general: dict[str, Any] = {
@@ -117,6 +132,8 @@ def write_model(path: Path, model: Model, more: Mapping[str, Any] | None = None)
     # the settings stand first, and win over the tokenizer's where both name the end tokens
     tokenizer = model.tokenizer.to_gguf_metadata(config.vocab_size)
     metadata = settings | general | dict(more or {}) | tokenizer | settings
+    if model.predictors:
+        metadata |= predictors.gguf_metadata(model.predictors)
     tensors = dict(_rope_factors(config))
     for name, tensor in model.tensors.items():
         gguf_name = names.to_gguf(name)
@@ -124,6 +141,8 @@ def write_model(path: Path, model: Model, more: Mapping[str, Any] | None = None)
         if heads := names.interleaved_heads(config, name):
             tensor = Tensor(tensor.type, tensor.shape, partial(_interleaved, tensor, heads))
         tensors[gguf_name] = tensor
+    if model.predictors:
+        tensors |= predictors.gguf_tensors(model.predictors)
     write_gguf(path, metadata, tensors)
 
 
@@ -150,18 +169,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pure", action="store_true", help="4- and 5-bit types for embedding and output too")
     parser.add_argument("--fold", action="store_true", help="fold MiniCPM's scales into plain LLaMA weights")
+    parser.add_argument("--no-predictors", action="store_true", help="leave the activation predictors out")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     start = time.monotonic()
     kind = args.type.upper() if args.type else None
-    model = convert(args.source, args.target, kind, fold=args.fold, pure=args.pure)
+    model = convert(
+        args.source, args.target, kind, fold=args.fold, pure=args.pure, keep_predictors=not args.no_predictors
+    )
     seconds = time.monotonic() - start
     act = model.config.activation
     theirs = "gelu" if model.config.architecture == "gemma" else "silu"
     if act.name != theirs and Path(args.target).suffix == ".gguf":
         note = f"note: llama.cpp ignores hidden_act {act.name} and would run this file as {theirs}"
+        print(note, file=sys.stderr)
+    if model.predictors and model.predictors.networks and Path(args.target).suffix == ".gguf":
+        note = "note: llama.cpp refuses files with predictors: --no-predictors makes one for it"
         print(note, file=sys.stderr)
     print(f"{args.target}: {model.size_bytes / 1e6:.1f} MB of weights in {seconds:.1f} s")
     if args.json:

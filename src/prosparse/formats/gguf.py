@@ -1,6 +1,7 @@
 """GGUF files: a strict reader over a memory map, and a streaming writer.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count, length and offset is checked
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; with the magic PWRI, PowerInfer's, whose type
+numbers end where those of November 2023 did. Every count, length and offset is checked
 against the file size before it is used; anything wrong is a ValueError that names the field.
 """
 
@@ -8,7 +9,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from prosparse.formats.files import written_whole
 from prosparse.formats.quants import TYPE_IDS, TYPE_NAMES
 from prosparse.model.model import BLOCKS, Tensor
 
-MAGIC = b"GGUF"
+MAGIC, POWERINFER_MAGIC = b"GGUF", b"PWRI"
 _ALIGNMENT = 32
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 # value type id -> struct and numpy code; a bool is read as a byte and must be 0 or 1
@@ -31,6 +32,11 @@ _U32, _U64 = 4, 10
 _INT_RANGES = ((_U32, 0, 2**32), (5, -(2**31), 0), (_U64, 0, 2**64), (11, -(2**63), 0))
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
+# 16 to 18 are integers for PowerInfer, and other types in the GGUF of today
+_POWERINFER_TYPES = {number: name for number, name in TYPE_NAMES.items() if number < 16}
+INDEX_TYPES = {18: "I32"}  # of PowerInfer's placement files
+_SIZES = BLOCKS | {"I32": (1, 4)}
+
 Buffer = bytes | mmap.mmap
 
 
@@ -41,6 +47,24 @@ class GGUFFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     version: int
+    powerinfer: bool = False  # whether the magic is PWRI
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor's data stands in a file: `shape` in numpy order, `start` and `nbytes` in bytes."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of the data as bytes: (rows, row bytes) or (row bytes,)."""
+        block, size = _SIZES[self.type]
+        return (*self.shape[:-1], self.shape[-1] // block * size)
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -69,7 +93,7 @@ def read_gguf(path: Path) -> GGUFFile:
         tensors |= part.tensors
     if metadata.get("split.tensors.count", len(tensors)) != len(tensors):
         raise ValueError(f"{path}: split.tensors.count does not equal the {len(tensors)} tensors found")
-    return GGUFFile(metadata, tensors, first.version)
+    return GGUFFile(metadata, tensors, first.version, first.powerinfer)
 
 
 def _read_file(path: Path) -> GGUFFile:
@@ -79,13 +103,29 @@ def _read_file(path: Path) -> GGUFFile:
         return parse(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path))
 
 
+def is_powerinfer(buffer: Buffer) -> bool:
+    """Whether a file starts with PowerInfer's magic."""
+    return buffer[:4] == POWERINFER_MAGIC
+
+
 def parse(buffer: Buffer, name: str) -> GGUFFile:
     """Parse the bytes of one file; tensors are views of them. `name` stands in the error messages."""
-    reader = _Reader(buffer, name)
+    powerinfer = is_powerinfer(buffer)
+    metadata, entries, version = parse_header(buffer, name, _POWERINFER_TYPES if powerinfer else TYPE_NAMES)
+    tensors = {}
+    for entry in entries:
+        data = np.frombuffer(buffer, np.uint8, entry.nbytes, entry.start).reshape(entry.data_shape)
+        tensors[entry.name] = Tensor(entry.type, entry.shape, data)
+    return GGUFFile(metadata, tensors, version, powerinfer)
+
+
+def parse_header(
+    buffer: Buffer, name: str, types: Mapping[int, str]
+) -> tuple[dict[str, Any], list[Entry], int]:
+    """(metadata, tensors in their order in the file, version); `types` are the type numbers that may occur."""
+    reader = _Reader(buffer, name, types)
     magic = buffer[:4]
-    if magic == b"PWRI":
-        raise reader.error("magic PWRI: a PowerInfer file, which is not supported")
-    if magic != MAGIC:
+    if magic not in (MAGIC, POWERINFER_MAGIC):
         raise reader.error(f"magic {bytes(magic)!r} is not {MAGIC!r}: not a GGUF file")
     reader.position = 4
     version = reader.scalar(_U32, "version")
@@ -105,34 +145,30 @@ def parse(buffer: Buffer, name: str) -> GGUFFile:
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         raise reader.error(f"general.alignment {alignment!r:.80} is not a power of two from 8 to 65536")
     start = reader.position + -reader.position % alignment
-    tensors = {}
+    placed: dict[str, Entry] = {}
     end, before = 0, ""
     for offset, tensor_name, kind, shape in sorted(entries):
-        if tensor_name in tensors:
+        if tensor_name in placed:
             raise reader.error(f"tensor {tensor_name} is there twice")
         if offset % alignment:
             raise reader.error(f"offset {offset} of tensor {tensor_name} is not a multiple of {alignment}")
         if offset < end:
             raise reader.error(f"tensor {tensor_name} overlaps tensor {before}")
-        data_shape = (*shape[:-1], shape[-1] // BLOCKS[kind][0] * BLOCKS[kind][1])
-        size = math.prod(data_shape)
+        size = math.prod(shape) // _SIZES[kind][0] * _SIZES[kind][1]
         end, before = offset + size, tensor_name
         if start + end > reader.size:
             raise reader.error(
                 f"tensor {tensor_name} (offset {offset}, {size} bytes) runs over the end of the file"
             )
-        data = np.frombuffer(buffer, np.uint8, size, start + offset).reshape(data_shape)
-        tensors[tensor_name] = Tensor(kind, shape, data)
-    return GGUFFile(
-        metadata, {tensor_name: tensors[tensor_name] for _, tensor_name, _, _ in entries}, version
-    )
+        placed[tensor_name] = Entry(tensor_name, kind, shape, start + offset, size)
+    return metadata, [placed[tensor_name] for _, tensor_name, _, _ in entries], version
 
 
 class _Reader:
     """A position in a buffer, and reads that check it."""
 
-    def __init__(self, buffer: Buffer, name: str) -> None:
-        self.buffer, self.name = buffer, name
+    def __init__(self, buffer: Buffer, name: str, types: Mapping[int, str]) -> None:
+        self.buffer, self.name, self.types = buffer, name, types
         self.size, self.position = len(buffer), 0
 
     def error(self, message: str) -> ValueError:
@@ -216,36 +252,55 @@ class _Reader:
             raise self.error(f"tensor {name} has {n_dims} dimensions: 1 and 2 are supported")
         shape = tuple(self.scalar(_U64, f"shape of tensor {name}") for _ in range(n_dims))[::-1]
         number = self.scalar(_U32, f"type of tensor {name}")
-        if number not in TYPE_NAMES:
-            raise self.error(f"tensor {name}: type {number} is not supported: {', '.join(TYPE_IDS)} are")
-        kind = TYPE_NAMES[number]
-        if min(shape) < 1 or shape[-1] % BLOCKS[kind][0]:
+        if number not in self.types:
+            known = ", ".join(self.types.values())
+            raise self.error(f"tensor {name}: type {number} is not supported: {known} are")
+        kind = self.types[number]
+        least = 0 if kind == "I32" else 1  # a list of neurons may be empty
+        if min(shape) < least or shape[-1] % _SIZES[kind][0]:
             raise self.error(f"tensor {name}: shape {shape} does not fit type {kind}")
         return self.scalar(_U64, f"offset of tensor {name}"), name, kind, shape
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_gguf(
+    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], magic: bytes = MAGIC
+) -> None:
     """Write a GGUF v3 file, one tensor in memory at a time; it appears under its name only when complete.
 
-    Python ints become UINT32 where they fit, floats FLOAT32, numpy vectors keep their type.
+    Python ints become UINT32 where they fit, floats FLOAT32, numpy numbers and vectors keep their type.
     """
-    header = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+
+    def data(tensor: Tensor) -> Callable[[], np.ndarray]:
+        return lambda: tensor.data
+
+    parts = [(name, t.shape, TYPE_IDS[t.type], t.nbytes, data(t)) for name, t in tensors.items()]
+    write_parts(path, metadata, parts, magic)
+
+
+def write_parts(
+    path: Path,
+    metadata: Mapping[str, Any],
+    parts: Iterable[tuple[str, tuple[int, ...], int, int, Callable[[], np.ndarray]]],
+    magic: bytes,
+) -> None:
+    """Write a file of tensors given as (name, shape, number of the type, bytes, what makes the data)."""
+    parts = list(parts)
+    header = [magic, struct.pack("<IQQ", 3, len(parts), len(metadata))]
     for key, value in metadata.items():
         header += [_packed_string(key), _packed(key, value)]
     offset = 0
-    for name, tensor in tensors.items():
-        shape = tensor.shape[::-1]
+    for name, shape, number, nbytes, _ in parts:
         header += [
             _packed_string(name),
-            struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPE_IDS[tensor.type], offset),
+            struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], number, offset),
         ]
-        offset += tensor.nbytes + -tensor.nbytes % _ALIGNMENT
+        offset += nbytes + -nbytes % _ALIGNMENT
     packed = b"".join(header)
     with written_whole(path) as file:
         file.write(packed + bytes(-len(packed) % _ALIGNMENT))
-        for tensor in tensors.values():
-            file.write(tensor.data.data)
-            file.write(bytes(-tensor.nbytes % _ALIGNMENT))
+        for _, _, _, nbytes, data in parts:
+            file.write(data().data)
+            file.write(bytes(-nbytes % _ALIGNMENT))
 
 
 def _packed_string(text: str) -> bytes:
@@ -278,9 +333,11 @@ def _packed(key: str, value: Any) -> bytes:
                 value = value.astype(np.int32)
             elif value.dtype == np.float64:
                 value = value.astype(np.float32)
+    kinds = {dtype: kind for kind, dtype in _DTYPES.items() if kind != _BOOL} | {np.dtype(bool): _BOOL}
+    if isinstance(value, np.generic) and value.dtype in kinds:
+        return struct.pack("<I", kinds[value.dtype]) + value.tobytes()
     if not isinstance(value, np.ndarray) or value.ndim != 1:
         raise ValueError(f"{key}: {type(value).__name__} has no GGUF form")
-    kinds = {dtype: kind for kind, dtype in _DTYPES.items() if kind != _BOOL} | {np.dtype(bool): _BOOL}
     if value.dtype not in kinds:
         raise ValueError(f"{key}: an array of {value.dtype} has no GGUF form")
     return struct.pack("<IIQ", _ARRAY, kinds[value.dtype], len(value)) + value.tobytes()

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: config.json, safetensors (sharded too), tokenizer files."""
+"""Hugging Face model folders: config.json, safetensors (sharded too), tokenizer files, predictors."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from prosparse.formats import predictors
 from prosparse.formats.files import written_whole
 from prosparse.formats.quants import check_scales
 from prosparse.formats.safetensors import read_safetensors, write_safetensors
@@ -41,7 +42,8 @@ def read_folder(folder: Path) -> Model:
             if less_one_in_hf(config, name):
                 tensors[name] = _OnePlus(tensors[name])
         tokenizer = TokenizerData("hf", {}, folder) if _has_tokenizer(folder) else TokenizerData("none")
-        return Model(config, tensors, tokenizer, folder.resolve().name)
+        predicted = predictors.read_folder(folder, config)
+        return Model(config, tensors, tokenizer, folder.resolve().name, predicted)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(str(folder)) else f"{folder}: {message}") from None
@@ -142,6 +144,8 @@ def write_folder(folder: Path, model: Model, dtype: str, shard_bytes: int = 5_00
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": model.size_bytes}, "weight_map": weight_map}
         _write_json(folder / _INDEX, index)
+    if model.predictors:
+        predictors.write_folder(folder, model.predictors)
     values = model.config.to_hf() | {"torch_dtype": _DTYPES[dtype]}
     if model.config.architecture == "minicpm" or model.config.activation.name in ("fatrelu", "shiftrelu"):
         values["auto_map"] = _write_modules(folder, values["architectures"][0])

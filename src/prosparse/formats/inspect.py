@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from prosparse.formats import predictors
 from prosparse.formats.gguf import read_gguf
 from prosparse.formats.hf import read_folder
 from prosparse.formats.open import find, model_from_gguf
@@ -24,12 +25,14 @@ def describe(source: str | Path) -> dict[str, Any]:
     model: Model | None
     if path.is_dir():
         model = read_folder(path)
-        stored = model.tensors
+        stored = dict(model.tensors)
+        if model.predictors:
+            stored |= predictors.hf_tensors(model.predictors)
     else:
         file = read_gguf(path)
         report["format"] = f"GGUF v{file.version}"
         report["metadata"] = {key: _short(value) for key, value in file.metadata.items()}
-        stored = file.tensors
+        stored = dict(file.tensors)
         try:
             model = model_from_gguf(file, path)
         except ValueError as error:
@@ -47,6 +50,7 @@ def describe(source: str | Path) -> dict[str, Any]:
     return report | {
         "name": model.name if model else None,
         "config": asdict(model.config) if model else None,
+        "predictors": predictors.describe(model.predictors) if model and model.predictors else None,
         "weights": sum(entry["weights"] for entry in types.values()),
         "size_bytes": sum(entry["bytes"] for entry in types.values()),
         "types": types,
@@ -88,6 +92,10 @@ def main(args: argparse.Namespace) -> int:
             print(f"  {key} = {value}")
     else:
         print(f"cannot be run: {report['error']}")
+    if report["predictors"]:
+        print("predictors")
+        for key, value in report["predictors"].items():
+            print(f"  {key} = {value}")
     if "metadata" in report:
         print("metadata")
         for key, value in report["metadata"].items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prosparse.formats import predictors
 from prosparse.formats.gguf import GGUFFile, read_gguf
 from prosparse.formats.quants import check_scales
 from prosparse.model import names
@@ -67,6 +68,7 @@ def model_from_gguf(file: GGUFFile, path: Path) -> Model:
             tied="output.weight" not in stored,
             rope_factors=() if rope_factors is None else tuple(rope_factors.dequantize().ravel().tolist()),
         )
+        predicted = predictors.from_gguf(file.metadata, stored, config)
         tensors = {}
         for gguf_name, tensor in stored.items():
             name = names.from_gguf(gguf_name)
@@ -79,7 +81,8 @@ def model_from_gguf(file: GGUFFile, path: Path) -> Model:
         raw = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
         tokenizer = TokenizerData("gguf" if raw else "none", raw, None)
         name = file.metadata.get("general.name")
-        return Model(config, tensors, tokenizer, name if isinstance(name, str) and name else path.stem)
+        name = name if isinstance(name, str) and name else path.stem
+        return Model(config, tensors, tokenizer, name, predicted)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -47,8 +47,8 @@ def check_scales(name: str, tensor: Tensor) -> None:
 
     Float matrices are not read: that would cost a pass over the whole file before the first token.
     """
-    data = tensor.data
     if tensor.type in _SCALES:
+        data = tensor.data
         offset, count = _SCALES[tensor.type]
         blocks = data.reshape(-1, BLOCKS[tensor.type][1])
         exponents = blocks[
@@ -79,6 +79,13 @@ def quantize(array: np.ndarray, kind: str) -> np.ndarray:
 
         data = quants.quantize(array, GGMLQuantizationType[kind])
     return np.ascontiguousarray(data).view(np.uint8)
+
+
+def with_type(tensor: Tensor, kind: str) -> Tensor:
+    """The tensor in another type, quantised whenever its data is asked for."""
+    if tensor.type == kind:
+        return tensor
+    return Tensor(kind, tensor.shape, lambda: quantize(tensor.dequantize(), kind))
 
 
 def to_native(tensor: Tensor) -> Tensor:

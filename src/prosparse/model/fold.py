@@ -20,6 +20,7 @@ def fold_scales(model: Model) -> Model:
     """A llama model that computes the same as a minicpm one; others are returned as they are.
 
     Scaled matrices become F32. The embedding and the head get different factors, so a tied model is untied.
+    The residual stream holds the same numbers as before, and so predictors are kept as they are.
     """
     config = model.config
     if config.architecture != "minicpm":
@@ -40,14 +41,15 @@ def fold_scales(model: Model) -> Model:
         residual_scale=1.0,
         logit_scale=1.0,
     )
-    return Model(folded, tensors, model.tokenizer, model.name)
+    return Model(folded, tensors, model.tokenizer, model.name, model.predictors)
 
 
 def fold_thresholds(model: Model, thresholds: Sequence[float], threshold: float) -> Model:
     """Give every layer the FATReLU threshold `threshold` in place of its own of `thresholds`.
 
     fatrelu_t(g) u = fatrelu_ct(c g) u/c for c > 0: with c = threshold / own, gate rows are multiplied and
-    up rows divided by c. All thresholds must be positive.
+    up rows divided by c. All thresholds must be positive. Of the predictors only a sketch, a copy of the
+    gate, gives scores that grow by c, and its thresholds with them.
     """
     config = model.config
     if len(thresholds) != config.num_hidden_layers:
@@ -61,7 +63,12 @@ def fold_thresholds(model: Model, thresholds: Sequence[float], threshold: float)
             name = f"model.layers.{i}.mlp.{part}_proj.weight"
             tensors[name] = scaled(tensors[name], factor)
     config = replace(config, activation=Activation("fatrelu", float(threshold)))
-    return Model(config, tensors, model.tokenizer, model.name)
+    predictors = model.predictors
+    if predictors and predictors.kind == "sketch":
+        rows = zip(predictors.thresholds, thresholds, strict=True)
+        scaled_rows = tuple(tuple(value * threshold / own for value in row) for row, own in rows)
+        predictors = replace(predictors, thresholds=scaled_rows)
+    return Model(config, tensors, model.tokenizer, model.name, predictors)
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
