@@ -25,8 +25,22 @@ uint64_t Model::predict(const Layer& l) {
     return bytes;
 }
 
-// Candidates are known before any of their weights is read, so gates are requested two groups ahead, and the
-// rest of the neurons that turned out active one group ahead.
+namespace {
+
+// What is computed of one group of neurons, while the weights of later ones are on their way.
+struct Pending {
+    int group = 0, n = 0;
+    int neuron[kGroup];
+    float act[kGroup];
+};
+
+constexpr int kGatesAhead = 4;    // groups between the request for gates and their use
+constexpr int kRecordsAhead = 2;  // groups between the request for up and down rows and their use
+
+}  // namespace
+
+// Candidates are known before any of their weights is read, so gates are requested several groups ahead, and
+// the rest of the neurons that turned out active two groups ahead.
 void Model::predicted_segment(const Layer& l, int first, int last, float* y, int segment) {
     Workspace& w = *ws_;
     const Neurons& n = l.neurons;
@@ -49,57 +63,54 @@ void Model::predicted_segment(const Layer& l, int first, int last, float* y, int
     }
 
     std::memset(y, 0, size_t(round_up(n.width, 64)) * 4);
-    // ends[i]: the first candidate that is not in the group of candidate i
+    // the first candidate behind the group of candidate i
     auto end_of = [&](int i) {
         const int group = candidates[i] / kGroup;
-        int end = i;
-        while (end < count && candidates[end] / kGroup == group) end++;
-        return end;
+        while (i < count && candidates[i] / kGroup == group) i++;
+        return i;
     };
-    auto fetch_gates = [&](int from, int to) {
-        for (int i = from; i < to; i++) prefetch(l.gate.row(candidates[i]), l.gate.stride);
+    int fetched = 0;
+    auto fetch_gates = [&] {
+        if (fetched == count) return;
+        for (const int end = end_of(fetched); fetched < end; fetched++)
+            prefetch(l.gate.row(candidates[fetched]), l.gate.stride);
     };
-    int pending[kGroup], n_pending = 0, group = 0;
-    float act[kGroup], x1[kGroup];
+    Pending ring[kRecordsAhead];
+    float x1[kGroup];
     const uint8_t* rows[kGroup];
     uint64_t active = 0;
-    auto finish = [&] {
-        if (!n_pending) return;
-        for (int i = 0; i < n_pending; i++) {
-            x1[i] = act[i] * k_.dot(n.up_type, n.up(pending[i]), n.width, &x);
-            rows[i] = n.down(pending[i]);
+    auto finish = [&](Pending& group) {
+        for (int i = 0; i < group.n; i++) {
+            x1[i] = group.act[i] * k_.dot(n.up_type, n.up(group.neuron[i]), n.width, &x);
+            rows[i] = n.down(group.neuron[i]);
         }
-        k_.down(n.down_type, rows, x1, n_pending, n.group_scales(group), n.width, y);
-        active += uint64_t(n_pending);
+        if (group.n) k_.down(n.down_type, rows, x1, group.n, n.group_scales(group.group), n.width, y);
+        active += uint64_t(group.n);
+        group.n = 0;
     };
-    int next = count ? end_of(0) : 0, fetched = next < count ? end_of(next) : next;
-    fetch_gates(0, fetched);
+    for (int i = 0; i < kGatesAhead; i++) fetch_gates();
+    int turn = 0;
     for (int i = 0; i < count;) {
-        const int end = next;
-        next = fetched;
-        const int until = fetched < count ? end_of(fetched) : fetched;
-        fetch_gates(fetched, until);
-        fetched = until;
+        const int end = end_of(i), size = end - i;
+        fetch_gates();
         float pre[kGroup];
-        for (int k = i; k < end; k++)
-            pre[k - i] = k_.dot(l.gate.type, l.gate.row(candidates[k]), n.width, &x);
-        k_.activate(config.hidden_act, config.hidden_act_param, pre, end - i, pre);
-        int fresh[kGroup], n_fresh = 0;
-        for (int k = i; k < end; k++) {
-            if (pre[k - i] == 0.0f) continue;
-            pre[n_fresh] = pre[k - i];
-            fresh[n_fresh++] = candidates[k];
-            prefetch(n.up(candidates[k]), n.record);
+        for (int k = 0; k < size; k++)
+            pre[k] = k_.dot(l.gate.type, l.gate.row(candidates[i + k]), n.width, &x);
+        k_.activate(config.hidden_act, config.hidden_act_param, pre, size, pre);
+        Pending& group = ring[turn];
+        turn = (turn + 1) % kRecordsAhead;
+        finish(group);
+        group.group = candidates[i] / kGroup;
+        for (int k = 0; k < size; k++) {
+            if (pre[k] == 0.0f) continue;
+            group.neuron[group.n] = candidates[i + k];
+            group.act[group.n++] = pre[k];
+            prefetch(n.up(candidates[i + k]), n.record);
         }
-        const int fresh_group = candidates[i] / kGroup;
-        if (n_fresh) prefetch(n.group_scales(fresh_group), n.scale_stride);
-        finish();
-        n_pending = n_fresh, group = fresh_group;
-        std::copy(fresh, fresh + n_fresh, pending);
-        std::copy(pre, pre + n_fresh, act);
+        if (group.n) prefetch(n.group_scales(group.group), n.scale_stride);
         i = end;
     }
-    finish();
+    for (int i = 0; i < kRecordsAhead; i++) finish(ring[(turn + i) % kRecordsAhead]);
     w.n_candidates[size_t(segment)] = uint64_t(count);
     w.active[size_t(segment)] = active;
 }
