@@ -146,6 +146,7 @@ def test_everything_at_once(folders, capsys):
     assert (run / "layers.png").stat().st_size > 5_000
     assert list((run / "tensorboard").iterdir())
     assert len((run / "control" / "metrics.jsonl").read_text().splitlines()) == 20
+    assert open_model(run / "control" / "model").config.activation.name == "silu"
     trained, given = open_model(run / "model"), open_model(folders / "tiny")
     assert trained.tensors.keys() == given.tensors.keys()
     moved = "model.layers.0.mlp.up_proj.weight"

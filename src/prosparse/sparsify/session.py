@@ -79,7 +79,7 @@ class Session:
         micro = self.config.micro_sequences
         sparse = report.measured(student, held, micro, bfloat16)
         thresholds = [float(mlp.threshold) for mlp in student.mlps]
-        activation = self._export(student)
+        activation = self._export(student, self.folder)
         del trainer, student
         if self.teacher is None:
             self.teacher = self._load_teacher()
@@ -224,12 +224,12 @@ class Session:
             store = build()
         return store
 
-    def _export(self, student: Trunk) -> Activation:
+    def _export(self, student: Trunk, folder: Path) -> Activation:
         """The trained weights as a Hugging Face folder. Gathering them takes all processes."""
         kind = self.args.type.upper()
         model = hf_model.to_model(student, self.original, kind)
         if self.world.is_main:
-            write_folder(self.folder / "model", model, kind)
+            write_folder(folder / "model", model, kind)
         self.world.wait()
         return model.config.activation
 
@@ -244,6 +244,7 @@ class Session:
         config: TrainConfig = replace(self.config, schedule=None, control=None)
         trainer = Trainer(twin, self.teacher, self.feeds, config, self.folder / "control", self.world)
         progress.train(trainer, self.original.config, [], lora=self.args.lora is not None)
+        self._export(twin, trainer.folder)
         return (
             report.measured(twin, held, config.micro_sequences, config.bfloat16),
             "the original, trained on the same tokens with the same losses",
