@@ -34,13 +34,13 @@ struct Pending {
     float act[kGroup];
 };
 
-constexpr int kGatesAhead = 4;    // groups between the request for gates and their use
-constexpr int kRecordsAhead = 2;  // groups between the request for up and down rows and their use
+constexpr int kGatesAhead = 16;  // candidates between the request for a gate and its use
 
 }  // namespace
 
-// Candidates are known before any of their weights is read, so gates are requested several groups ahead, and
-// the rest of the neurons that turned out active two groups ahead.
+// Candidates are known before any of their weights is read, so gates are requested well ahead, and the rest
+// of the neurons that turned out active one group ahead. Requests come one row at a time between products: a
+// core has few misses in flight, and more of them at once would keep it from computing.
 void Model::predicted_segment(const Layer& l, int first, int last, float* y, int segment) {
     Workspace& w = *ws_;
     const Neurons& n = l.neurons;
@@ -69,48 +69,46 @@ void Model::predicted_segment(const Layer& l, int first, int last, float* y, int
         while (i < count && candidates[i] / kGroup == group) i++;
         return i;
     };
-    int fetched = 0;
-    auto fetch_gates = [&] {
-        if (fetched == count) return;
-        for (const int end = end_of(fetched); fetched < end; fetched++)
-            prefetch(l.gate.row(candidates[fetched]), l.gate.stride);
+    auto fetch_gate = [&](int i) {
+        if (i < count) prefetch(l.gate.row(candidates[i]), l.gate.stride);
     };
-    Pending ring[kRecordsAhead];
+    Pending now, before;
     float x1[kGroup];
     const uint8_t* rows[kGroup];
     uint64_t active = 0;
-    auto finish = [&](Pending& group) {
-        for (int i = 0; i < group.n; i++) {
-            x1[i] = group.act[i] * k_.dot(n.up_type, n.up(group.neuron[i]), n.width, &x);
-            rows[i] = n.down(group.neuron[i]);
+    // computes the group before, while the rows of this one are requested
+    auto finish = [&] {
+        for (int i = 0; i < std::max(before.n, now.n); i++) {
+            if (i < now.n) prefetch(n.up(now.neuron[i]), n.record);
+            if (i >= before.n) continue;
+            x1[i] = before.act[i] * k_.dot(n.up_type, n.up(before.neuron[i]), n.width, &x);
+            rows[i] = n.down(before.neuron[i]);
         }
-        if (group.n) k_.down(n.down_type, rows, x1, group.n, n.group_scales(group.group), n.width, y);
-        active += uint64_t(group.n);
-        group.n = 0;
+        if (now.n) prefetch(n.group_scales(now.group), n.scale_stride);
+        if (before.n) k_.down(n.down_type, rows, x1, before.n, n.group_scales(before.group), n.width, y);
+        active += uint64_t(before.n);
     };
-    for (int i = 0; i < kGatesAhead; i++) fetch_gates();
-    int turn = 0;
+    for (int i = 0; i < kGatesAhead; i++) fetch_gate(i);
     for (int i = 0; i < count;) {
         const int end = end_of(i), size = end - i;
-        fetch_gates();
         float pre[kGroup];
-        for (int k = 0; k < size; k++)
+        for (int k = 0; k < size; k++) {
+            fetch_gate(i + k + kGatesAhead);
             pre[k] = k_.dot(l.gate.type, l.gate.row(candidates[i + k]), n.width, &x);
+        }
         k_.activate(config.hidden_act, config.hidden_act_param, pre, size, pre);
-        Pending& group = ring[turn];
-        turn = (turn + 1) % kRecordsAhead;
-        finish(group);
-        group.group = candidates[i] / kGroup;
+        now = {candidates[i] / kGroup, 0, {}, {}};
         for (int k = 0; k < size; k++) {
             if (pre[k] == 0.0f) continue;
-            group.neuron[group.n] = candidates[i + k];
-            group.act[group.n++] = pre[k];
-            prefetch(n.up(candidates[i + k]), n.record);
+            now.neuron[now.n] = candidates[i + k];
+            now.act[now.n++] = pre[k];
         }
-        if (group.n) prefetch(n.group_scales(group.group), n.scale_stride);
+        finish();
+        before = now;
         i = end;
     }
-    for (int i = 0; i < kRecordsAhead; i++) finish(ring[(turn + i) % kRecordsAhead]);
+    now.n = 0;
+    finish();
     w.n_candidates[size_t(segment)] = uint64_t(count);
     w.active[size_t(segment)] = active;
 }
