@@ -52,7 +52,7 @@ def test_hand_made_file():
 BAD = {
     "empty": (b"", "magic"),
     "wrong magic": (gguf(magic=b"GGML"), "magic b'GGML'"),
-    "powerinfer": (gguf(magic=b"PWRI"), "PowerInfer"),
+    "powerinfer has no BF16": (gguf([], [entry(kind=30)], bytes(64), magic=b"PWRI"), "t: type 30 is not"),
     "version 1": (gguf(version=1), "version 1"),
     "big-endian": (gguf(version=3 << 24), "big-endian"),
     "tensors 2^63": (gguf(n_tensors=1 << 63), "tensor_count"),

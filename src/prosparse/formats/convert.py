@@ -1,4 +1,4 @@
-"""`prosparse convert`: between HF folders and GGUF files, with quantisation and folding."""
+"""`prosparse convert`: between HF folders, GGUF and PowerInfer files, with quantisation and folding."""
 
 import argparse
 import json
@@ -74,7 +74,7 @@ def convert(
         kept = _retyped(kept, "Q8_0" if kind in _SMALL and not pure else kind, to_gguf)
     model = Model(model.config, tensors, model.tokenizer, model.name, kept)
     if to_gguf:
-        write_model(target, model, _provenance(source))
+        write_model(target, model, provenance(source))
     else:
         write_folder(target, model, _main_type(tensors))
     return model
@@ -106,7 +106,7 @@ def _main_type(tensors: Mapping[str, Tensor]) -> str:
     return max(sizes, key=lambda kind: sizes[kind])
 
 
-def _provenance(source: str | Path) -> dict[str, Any]:
+def provenance(source: str | Path) -> dict[str, Any]:
     """Licence, authors and the like: the general keys of a GGUF source that describe no layout."""
     path = find(source)
     if path.is_dir():
@@ -170,12 +170,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pure", action="store_true", help="4- and 5-bit types for embedding and output too")
     parser.add_argument("--fold", action="store_true", help="fold MiniCPM's scales into plain LLaMA weights")
     parser.add_argument("--no-predictors", action="store_true", help="leave the activation predictors out")
+    group = parser.add_argument_group("PowerInfer")
+    group.add_argument("--powerinfer", action="store_true", help="write a file that PowerInfer runs (PWRI)")
+    group.add_argument(
+        "--as-relu", action="store_true", help="let it run a FATReLU model as relu, without the threshold"
+    )
+    group.add_argument(
+        "--activation-stats",
+        metavar="DIR",
+        help="of `prosparse stats`: write activation/activation_N.pt beside DST",
+    )
+    group.add_argument(
+        "--vram-budget",
+        type=float,
+        metavar="GIB",
+        help="of PowerInfer's option: write which neurons go to the GPU, DST.generated.gpuidx",
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     start = time.monotonic()
     kind = args.type.upper() if args.type else None
+    if args.powerinfer:
+        return _main_for_powerinfer(args, kind)
+    for name in ("as_relu", "activation_stats", "vram_budget"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for PowerInfer files: add --powerinfer")
     model = convert(
         args.source, args.target, kind, fold=args.fold, pure=args.pure, keep_predictors=not args.no_predictors
     )
@@ -188,8 +209,32 @@ def main(args: argparse.Namespace) -> int:
     if model.predictors and model.predictors.networks and Path(args.target).suffix == ".gguf":
         note = "note: llama.cpp refuses files with predictors: --no-predictors makes one for it"
         print(note, file=sys.stderr)
-    print(f"{args.target}: {model.size_bytes / 1e6:.1f} MB of weights in {seconds:.1f} s")
+    return _report(args, model.size_bytes, seconds)
+
+
+def _main_for_powerinfer(args: argparse.Namespace, kind: str | None) -> int:
+    if args.no_predictors:
+        raise ValueError("PowerInfer needs predictors: leave --no-predictors out")
+    from prosparse.formats.convert_powerinfer import convert_for_powerinfer
+
+    start = time.monotonic()
+    size_bytes, notes = convert_for_powerinfer(
+        args.source,
+        args.target,
+        kind,
+        pure=args.pure,
+        as_relu=args.as_relu,
+        statistics=args.activation_stats,
+        vram_budget=args.vram_budget,
+    )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return _report(args, size_bytes, time.monotonic() - start)
+
+
+def _report(args: argparse.Namespace, size_bytes: int, seconds: float) -> int:
+    print(f"{args.target}: {size_bytes / 1e6:.1f} MB of weights in {seconds:.1f} s")
     if args.json:
-        result = {"target": str(args.target), "size_bytes": model.size_bytes, "seconds": round(seconds, 3)}
+        result = {"target": str(args.target), "size_bytes": size_bytes, "seconds": round(seconds, 3)}
         print(json.dumps(result))
     return 0

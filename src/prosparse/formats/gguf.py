@@ -1,8 +1,8 @@
 """GGUF files: a strict reader over a memory map, and a streaming writer.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; with the magic PWRI, PowerInfer's, whose type
-numbers end where those of November 2023 did. Every count, length and offset is checked
-against the file size before it is used; anything wrong is a ValueError that names the field.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. PowerInfer's, with the magic PWRI, is the
+same with the type numbers of November 2023. Every count, length and offset is checked against the file size
+before it is used; anything wrong is a ValueError that names the field.
 """
 
 import math
@@ -122,7 +122,7 @@ def parse(buffer: Buffer, name: str) -> GGUFFile:
 def parse_header(
     buffer: Buffer, name: str, types: Mapping[int, str]
 ) -> tuple[dict[str, Any], list[Entry], int]:
-    """(metadata, tensors in their order in the file, version); `types` are the type numbers that may occur."""
+    """(metadata, tensors in their order in the file, version); `types` are the numbers that may occur."""
     reader = _Reader(buffer, name, types)
     magic = buffer[:4]
     if magic not in (MAGIC, POWERINFER_MAGIC):
@@ -147,7 +147,8 @@ def parse_header(
     start = reader.position + -reader.position % alignment
     placed: dict[str, Entry] = {}
     end, before = 0, ""
-    for offset, tensor_name, kind, shape in sorted(entries):
+    # an empty list starts where the next tensor does
+    for offset, tensor_name, kind, shape in sorted(entries, key=lambda e: (e[0], math.prod(e[3]), e[1])):
         if tensor_name in placed:
             raise reader.error(f"tensor {tensor_name} is there twice")
         if offset % alignment:

@@ -30,7 +30,7 @@ def describe(source: str | Path) -> dict[str, Any]:
             stored |= predictors.hf_tensors(model.predictors)
     else:
         file = read_gguf(path)
-        report["format"] = f"GGUF v{file.version}"
+        report["format"] = f"{'PowerInfer (PWRI)' if file.powerinfer else 'GGUF'} v{file.version}"
         report["metadata"] = {key: _short(value) for key, value in file.metadata.items()}
         stored = dict(file.tensors)
         try:

@@ -2,8 +2,10 @@
 
 import importlib.util
 import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,16 +15,17 @@ from prosparse.formats.quants import check_scales
 from prosparse.model import names
 from prosparse.model.config import ModelConfig
 from prosparse.model.model import Model, Tensor
+from prosparse.model.predictor import Predictors
 from prosparse.model.tokenizer import TokenizerData
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_model(path: str | Path) -> Model:
-    """Open a GGUF file (whole or split), an HF folder, a Hub id (`org/name`, downloaded) or `demo`.
+    """Open a GGUF file (whole, split, or PowerInfer's), an HF folder, a Hub id (`org/name`) or `demo`.
 
-    Weights are views of the mapped files where their layout allows. ValueError for anything damaged or
-    unsupported, FileNotFoundError when there is nothing at `path`.
+    A Hub id is downloaded. Weights are views of the mapped files where their layout allows. ValueError for
+    anything damaged or unsupported, FileNotFoundError when there is nothing at `path`.
     """
     found = find(path)
     if found.is_dir():
@@ -59,32 +62,46 @@ def demo_path() -> Path:
 
 
 def model_from_gguf(file: GGUFFile, path: Path) -> Model:
-    """A model from a parsed GGUF file: names and row order as in HF, scales checked."""
-    stored = dict(file.tensors)
+    """A model from a parsed GGUF or PowerInfer file: names and row order as in HF, scales checked."""
+    # imported at use: it needs this module
+    from prosparse.formats import powerinfer_open
+
     try:
-        rope_factors = stored.pop("rope_freqs.weight", None)
-        config = ModelConfig.from_gguf(
-            file.metadata,
-            tied="output.weight" not in stored,
-            rope_factors=() if rope_factors is None else tuple(rope_factors.dequantize().ravel().tolist()),
-        )
-        predicted = predictors.from_gguf(file.metadata, stored, config)
-        tensors = {}
-        for gguf_name, tensor in stored.items():
-            name = names.from_gguf(gguf_name)
-            if name is None:
-                raise ValueError(f"tensor {gguf_name} is not part of a {config.architecture} model")
-            check_scales(gguf_name, tensor)
-            if heads := names.interleaved_heads(config, name):
-                tensor = Tensor(tensor.type, tensor.shape, partial(deinterleave, tensor.data, heads))
-            tensors[name] = tensor
-        raw = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
-        tokenizer = TokenizerData("gguf" if raw else "none", raw, None)
-        name = file.metadata.get("general.name")
-        name = name if isinstance(name, str) and name else path.stem
-        return Model(config, tensors, tokenizer, name, predicted)
+        if powerinfer_open.is_powerinfer_model(file):
+            return powerinfer_open.model_from_powerinfer(file, path.stem)
+        return assembled(file.metadata, dict(file.tensors), path.stem, predictors.from_gguf)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def assembled(
+    metadata: Mapping[str, Any],
+    stored: dict[str, Tensor],
+    name: str,
+    read_predictors: Callable[[Mapping[str, Any], dict[str, Tensor], ModelConfig], Predictors | None],
+) -> Model:
+    """A model from GGUF's keys and tensors. `read_predictors` takes theirs out of `stored`; `name` is used if
+    the file has none."""
+    rope_factors = stored.pop("rope_freqs.weight", None)
+    config = ModelConfig.from_gguf(
+        metadata,
+        tied="output.weight" not in stored,
+        rope_factors=() if rope_factors is None else tuple(rope_factors.dequantize().ravel().tolist()),
+    )
+    predicted = read_predictors(metadata, stored, config)
+    tensors = {}
+    for gguf_name, tensor in stored.items():
+        hf_name = names.from_gguf(gguf_name)
+        if hf_name is None:
+            raise ValueError(f"tensor {gguf_name} is not part of a {config.architecture} model")
+        check_scales(gguf_name, tensor)
+        if heads := names.interleaved_heads(config, hf_name):
+            tensor = Tensor(tensor.type, tensor.shape, partial(deinterleave, tensor.data, heads))
+        tensors[hf_name] = tensor
+    raw = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    tokenizer = TokenizerData("gguf" if raw else "none", raw, None)
+    given = metadata.get("general.name")
+    return Model(config, tensors, tokenizer, given if isinstance(given, str) and given else name, predicted)
 
 
 def deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:

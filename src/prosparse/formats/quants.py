@@ -88,6 +88,17 @@ def with_type(tensor: Tensor, kind: str) -> Tensor:
     return Tensor(kind, tensor.shape, lambda: quantize(tensor.dequantize(), kind))
 
 
+def transposed(tensor: Tensor, kind: str) -> Tensor:
+    """The matrix with rows and columns exchanged, made in the type `kind` whenever its data is asked for."""
+
+    def data() -> np.ndarray:
+        if tensor.type == kind and kind in ("F16", "BF16"):
+            return np.ascontiguousarray(tensor.data.view(np.uint16).T).view(np.uint8)
+        return quantize(tensor.dequantize().T, kind)
+
+    return Tensor(kind, tensor.shape[::-1], data)
+
+
 def to_native(tensor: Tensor) -> Tensor:
     """The tensor in a type that has native kernels: itself, or repacked with the least loss.
 

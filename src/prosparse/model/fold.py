@@ -44,6 +44,30 @@ def fold_scales(model: Model) -> Model:
     return Model(folded, tensors, model.tokenizer, model.name, model.predictors)
 
 
+def unfold_scales(
+    model: Model, embedding_scale: float, residual_scale: float, logit_scale: float, *, tied: bool
+) -> Model:
+    """The inverse of `fold_scales`: the minicpm model, `tied` or not, that a llama one was made of."""
+    tensors = dict(model.tensors)
+    tensors[_EMBEDDING] = scaled(tensors[_EMBEDDING], 1 / embedding_scale)
+    head = tensors.pop(_HEAD)
+    if not tied:
+        tensors[_HEAD] = scaled(head, logit_scale)
+    for i in range(model.config.num_hidden_layers):
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            name = f"model.layers.{i}.{part}.weight"
+            tensors[name] = scaled(tensors[name], 1 / residual_scale)
+    config = replace(
+        model.config,
+        architecture="minicpm",
+        tie_word_embeddings=tied,
+        embedding_scale=embedding_scale,
+        residual_scale=residual_scale,
+        logit_scale=logit_scale,
+    )
+    return Model(config, tensors, model.tokenizer, model.name, model.predictors)
+
+
 def fold_thresholds(model: Model, thresholds: Sequence[float], threshold: float) -> Model:
     """Give every layer the FATReLU threshold `threshold` in place of its own of `thresholds`.
 
