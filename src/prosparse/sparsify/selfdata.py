@@ -5,9 +5,7 @@ A store of `tokens.py`, so it is mixed with other sources or used alone.
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,10 +13,9 @@ import numpy as np
 import torch
 
 from prosparse.formats.files import written_whole
-from prosparse.model.chat import CHATML, render
 from prosparse.sparsify.hf_model import Trunk
 from prosparse.sparsify.sampling import Sampler
-from prosparse.sparsify.tokens import Encoder, TokenStore
+from prosparse.sparsify.tokens import Encoder, TokenStore, written_store
 
 _VERSION = 1  # of what is sampled: another one finds no older store
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
@@ -172,7 +169,7 @@ def _document_start(encoder: Encoder) -> list[int]:
 
 def _chat_start(encoder: Encoder) -> list[int]:
     """A conversation up to the user's text, which the model then writes, as in Magpie (arXiv 2406.08464)."""
-    before, found, _ = _rendered(encoder, [{"role": "user", "content": _HERE}]).partition(_HERE)
+    before, found, _ = encoder.render([{"role": "user", "content": _HERE}]).partition(_HERE)
     if not found:
         raise ValueError("the chat template does not show what the user says; sample documents only (chat 0)")
     tokenizer = encoder.tokenizer
@@ -185,19 +182,8 @@ def _chat_start(encoder: Encoder) -> list[int]:
 def _turn_marks(encoder: Encoder) -> set[int]:
     """The tokens between the turns of a conversation, which therefore do not end it."""
     said = [{"role": role, "content": _HERE} for role in ("user", "assistant") * 2]
-    between = _rendered(encoder, said).split(_HERE)[1:-1]
+    between = encoder.render(said).split(_HERE)[1:-1]
     return set(encoder.tokenizer.encode("".join(between), add_bos=False, special=True))
-
-
-def _rendered(encoder: Encoder, messages: list[dict[str, str]]) -> str:
-    tokenizer = encoder.tokenizer
-    return render(
-        encoder.chat_template or tokenizer.chat_template or CHATML,
-        messages,
-        add_generation_prompt=False,
-        bos_token=tokenizer.token_text(tokenizer.bos_id),
-        eos_token=tokenizer.token_text(next(iter(encoder.eos_ids), None)),
-    )
 
 
 class _Documents:
@@ -230,8 +216,7 @@ def _assemble(
     dtype: np.dtype,
 ) -> None:
     """The store of finished batches, in `folder` once all of it is there."""
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with written_store(folder) as part:
         documents, kinds = _Documents(encoder), _conversations(encoder, len(rows), chat)
         offsets, n, row = [], 0, 0
         with (part / "tokens.bin").open("wb") as tokens, (part / "loss.bin").open("wb") as losses:
@@ -254,10 +239,3 @@ def _assemble(
             "settings": settings,
         }
         (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        if (folder / "meta.json").exists():  # another process was faster
-            shutil.rmtree(part)
-        else:
-            os.replace(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise

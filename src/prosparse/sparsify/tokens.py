@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -72,13 +73,13 @@ class Encoder:
         if not any(message["role"] == "assistant" for message in messages):
             raise ValueError("a conversation without an answer has nothing to learn")
         done = 0
-        whole = self._render(messages, False)
+        whole = self.render(messages)
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before, after = (
-                self._render(messages[:i], True) if i else "",
-                self._render(messages[: i + 1], False),
+                self.render(messages[:i], True) if i else "",
+                self.render(messages[: i + 1]),
             )
             if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
                 raise ValueError("the chat template rewrites earlier turns; give conversations of one answer")
@@ -87,7 +88,8 @@ class Encoder:
             done = len(after)
         yield whole[done:], 0
 
-    def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
+    def render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
+        """A conversation by the chat template; with `prompt`, up to where the assistant answers."""
         template = self.chat_template or self.tokenizer.chat_template or CHATML
         return render(
             template,
@@ -136,10 +138,18 @@ def build(
     folder = cache / key
     if (folder / "meta.json").exists():
         return TokenStore(folder)
-    cache.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=cache, prefix=f".{key}."))
-    try:
+    with written_store(folder) as part:
         _write(source, encoder, part, workers or os.cpu_count() or 1, progress)
+    return TokenStore(folder)
+
+
+@contextmanager
+def written_store(folder: Path) -> Iterator[Path]:
+    """A folder to write a store in, which gets its name when the block has ended without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield part
         if (folder / "meta.json").exists():  # another process was faster
             shutil.rmtree(part)
         else:
@@ -147,7 +157,6 @@ def build(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return TokenStore(folder)
 
 
 def _state(source: str) -> str:
