@@ -21,6 +21,7 @@ VERBS = {
     "sparsify": ("prosparse.sparsify.run", "make a Swish model sparse by training"),
     "threshold": ("prosparse.sparsify.threshold", "raise the thresholds of a sparse model, without training"),
     "stats": ("prosparse.sparsify.stats", "measure sparsity by layer and corpus, and find hot neurons"),
+    "predict": ("prosparse.predictor.run", "train predictors of active neurons, and say what they are worth"),
     "perplexity": ("prosparse.evaluate.perplexity", "measure perplexity on a text"),
     "demo": ("prosparse.engine.demo", "the whole thing on a small real model"),
 }
