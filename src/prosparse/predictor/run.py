@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--rank", type=int, metavar="R", help=f"of networks, every layer [{_RANK}]")
     size.add_argument("--budget", type=float, metavar="B", help="bytes of networks as a share of the gate's")
     add("--recall", type=float, default=0.97, metavar="X", help="default recall, part of the file [0.97]")
-    add("--input", choices=INPUTS, help="of networks: residual is PowerInfer's [normed; published: residual]")
+    add(
+        "--input",
+        default="residual",
+        choices=INPUTS,
+        help="of networks; PowerInfer's are residual [residual]",
+    )
     add(
         "--importance",
         type=float,
@@ -185,7 +190,7 @@ def _wanted(args: argparse.Namespace, way: str) -> "Wanted":
         training = Training(1, epochs=args.epochs or 8, learning_rate=6e-3, decay=True, seed=args.seed)
     return Wanted(
         way=way,  # type: ignore[arg-type]
-        input=args.input or ("residual" if way == "published" else "normed"),
+        input=args.input,
         recalls=RECALLS,
         default=args.recall,
         type=args.type.upper(),
