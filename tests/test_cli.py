@@ -223,7 +223,9 @@ def test_keyboard_interrupt(monkeypatch, capsys):
 
 def test_interrupt_of_a_real_run(smollm2_path):
     pytest.importorskip("prosparse._core")
-    command = [*COMMAND, "run", "-m", str(smollm2_path), "-p", "Count to a thousand.", "-n", "-1", "-s", "1"]
+    # goes on until the context is full, so that it cannot end before the signal comes
+    prompt = ["--raw", "-p", "1 2 3 4 5 6 7 8", "--temp", "0", "-n", "-1"]
+    command = [*COMMAND, "run", "-m", str(smollm2_path), *prompt]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(1)  # it answers
