@@ -226,7 +226,13 @@ def test_interrupt_of_a_real_run(smollm2_path):
     # goes on until the context is full, so that it cannot end before the signal comes
     prompt = ["--raw", "-p", "1 2 3 4 5 6 7 8", "--temp", "0", "-n", "-1"]
     command = [*COMMAND, "run", "-m", str(smollm2_path), *prompt]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+    def heed_interrupts() -> None:
+        # a shell that runs these tests in the background has its children ignore them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, preexec_fn=heed_interrupts, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(1)  # it answers
         process.send_signal(signal.SIGINT)
