@@ -3,6 +3,7 @@
 torchrun ... worker.py FOLDER STOP MICRO [LORA_RANK]
 """
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -56,17 +57,20 @@ def main(folder: Path, stop: int, micro: int, rank: int = 0) -> None:
     torch.set_num_threads(1)
     run = trainer(folder, micro, rank)
 
+    class Stopped(Exception):
+        pass
+
     def on_step(metrics: dict) -> None:
         if metrics["step"] == stop:
-            raise SystemExit
+            raise Stopped
 
-    try:
+    with contextlib.suppress(Stopped):
         run.run(on_step)
         weights = hf_model.weights(run.student)
         if run.world.is_main:
             torch.save(weights, folder / "weights.pt")
-    finally:
-        distributed.leave()
+    distributed.leave()
+    distributed.end(0)
 
 
 if __name__ == "__main__":

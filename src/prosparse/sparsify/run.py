@@ -118,6 +118,8 @@ def main(args: argparse.Namespace) -> int:
         distributed.leave()
     if args.json and world.is_main:
         options.print_json(result)
+    if world.sharded:
+        distributed.end(0)
     return 0
 
 
