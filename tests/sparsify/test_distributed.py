@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prosparse.formats import open_model
+from prosparse.formats.hf import write_folder
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
@@ -45,6 +48,25 @@ def test_two_processes_equal_one(tmp_path, rank):
     assert not any("lora" in name or "base_layer" in name for name in weights[0])
     for name, values in weights[0].items():
         torch.testing.assert_close(weights[1][name], values, rtol=0, atol=2e-3)
+
+
+def test_the_verb_on_two_processes(tmp_path, tiny_model):
+    """Text the original writes, a control that it teaches too, a report, and a model that opens."""
+    write_folder(tmp_path / "tiny", tiny_model(intermediate=256), "F32")
+    row = json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 5}) + "\n"
+    (tmp_path / "data.jsonl").write_text(row * 60)
+    options = (
+        "sparsify -m tiny --data data.jsonl --out out --context 32 --batch-tokens 128 --tokens 1280 --micro 2"
+    )
+    options += " --device cpu --workers 1 --next-token 0.5 --control --self-data 4000 --json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "prosparse", *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["report"]["rows"]) == 2
+    assert all(row["control"] for row in result["report"]["rows"])
+    assert open_model(tmp_path / "out" / "model").config.activation.name == "fatrelu"
 
 
 def test_one_process_goes_on_from_two(tmp_path):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prosparse import __version__, options
 from prosparse.model.predictor import INPUTS
+from prosparse.sparsify import measure
 
 if TYPE_CHECKING:
     from prosparse.model.model import Model
@@ -30,15 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "interrupted one stopped."
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="M", required=True, help="GGUF file, HF folder or Hub id of a sparse model")
-    add(
-        "--data",
-        action="append",
-        required=True,
-        metavar="D",
-        help="file, folder or hf:NAME, read from its start; may be repeated",
-    )
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for activations, networks and results")
+    measure.add_arguments(parser)
     add(
         "--kind",
         default="lowrank",
@@ -64,17 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--labels", default="all", choices=("all", "clip15"), help="of published networks [all]")
     add("--type", default="q8_0", choices=("q8_0", "q4_0", "f16"), help="of the networks [q8_0]")
-    add("--tokens", type=int, default=65536, metavar="N", help="tokens of each source [65536]")
-    add("--context", type=int, default=1024, metavar="N", help="tokens a sequence [1024]")
     add("--held-out", type=float, default=0.05, metavar="X", help="calibrates, and as much reports [0.05]")
     add("--epochs", type=int, metavar="N", help="most passes over the tokens [8; published: 20]")
     add("--ppl-tokens", type=int, default=16384, metavar="N", help="of held-out text for perplexity [16384]")
-    add("--micro", type=int, default=8, metavar="N", help="sequences at a time; lower it to save memory [8]")
     add("--max-gb", type=float, default=64.0, metavar="X", help="most disk for activations, GB [64]")
-    add("--device", help="torch device [cuda if there is one]")
     add("--seed", type=int, default=0, metavar="N")
     add("--speed", action="store_true", help="also measure tokens per second of model.gguf")
-    add("--json", action="store_true", help="end with one JSON object on the last line")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -102,7 +90,6 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     from prosparse.formats.files import written_whole
     from prosparse.predictor import collect, report
     from prosparse.predictor.build import build
-    from prosparse.sparsify import measure
 
     ways = _WAYS if args.kind == "all" else (args.kind,)
     wanted = {way: _wanted(args, way) for way in ways}

@@ -73,9 +73,12 @@ def end(code: int) -> NoReturn:
 
 def shard(trunk: "Trunk", bfloat16: bool) -> None:
     """Spreads a model over all processes, layer by layer; products are in bfloat16, sums of gradients in
-    float32. Parameters become DTensors; the trunk must then be called, not its parts."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    float32. Parameters become DTensors; the trunk must then be called, not its parts. One that is spread
+    already stays as it is: an original teaches the control too."""
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+    if isinstance(trunk, FSDPModule):
+        return
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32
     )
