@@ -22,6 +22,7 @@ VERBS = {
     "threshold": ("prosparse.sparsify.threshold", "raise the thresholds of a sparse model, without training"),
     "stats": ("prosparse.sparsify.stats", "measure sparsity by layer and corpus, and find hot neurons"),
     "predict": ("prosparse.predictor.run", "train predictors of active neurons, and say what they are worth"),
+    "eval": ("prosparse.evaluate.run", "measure accuracy on benchmarks, and perplexity on WikiText-2"),
     "perplexity": ("prosparse.evaluate.perplexity", "measure perplexity on a text"),
     "demo": ("prosparse.engine.demo", "the whole thing on a small real model"),
 }

@@ -1,5 +1,7 @@
 """The chunked losses and their gradients against plain autograd."""
 
+import math
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -84,3 +86,23 @@ def test_bad_calls(batch):
     for arguments in [(0.0, 0.0), (-1.0, 1.0), (0.0, 1.0, 0.0)]:
         with pytest.raises(ValueError, match="must"):
             LossMix(*arguments)
+
+
+def test_states_loss():
+    """Relative to each token's length, so that a few long ones do not hide all others."""
+    generator = torch.Generator().manual_seed(3)
+    theirs = [torch.randn(2, 5, 7, generator=generator) for _ in range(3)]
+    theirs[0][0, 0] *= 1000
+    ours = [(t + 0.1 * torch.randn(t.shape, generator=generator)).requires_grad_() for t in theirs]
+    got = losses.states_loss(ours, theirs)
+    tokens = [
+        float(((a - b) ** 2).sum() / (b**2).sum())
+        for one, other in zip(ours, theirs, strict=True)
+        for a, b in zip(one.detach().reshape(-1, 7), other.reshape(-1, 7), strict=True)
+    ]
+    assert float(got) == pytest.approx(sum(tokens) / len(tokens))
+    got.backward()
+    assert all(bool((o.grad != 0).all()) for o in ours)
+    assert float(losses.states_loss(theirs, theirs)) == 0
+    nothing = [torch.zeros(1, 2, 7)]
+    assert math.isfinite(float(losses.states_loss(nothing, nothing)))

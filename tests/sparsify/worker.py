@@ -40,7 +40,7 @@ def trainer(
     student = hf_model.load(sparse, device=place)
     if rank:
         torch.manual_seed(0)
-        lora.add(student, rank)
+        lora.add(student, lora.Ranks(rank, rank))
     config = TrainConfig(
         steps=steps,
         micro_sequences=micro,

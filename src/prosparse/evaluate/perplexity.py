@@ -7,12 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prosparse import options
 
 if TYPE_CHECKING:
-    from prosparse.engine.engine import LLM
+    import numpy as np
+
+    from prosparse.model.tokenizer import Tokenizer
+
+
+class LanguageModel(Protocol):
+    """What perplexity asks of a model: an `LLM`, or a runner of `prosparse eval`."""
+
+    @property
+    def tokenizer(self) -> "Tokenizer": ...
+    def logprobs(self, token_ids: Sequence[int], start: int = 0) -> "np.ndarray": ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def perplexity(
-    llm: "LLM",
+    llm: LanguageModel,
     ids: Sequence[int],
     ctx: int = 512,
     n_chunks: int | None = None,

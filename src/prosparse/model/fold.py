@@ -95,6 +95,21 @@ def fold_thresholds(model: Model, thresholds: Sequence[float], threshold: float)
     return Model(config, tensors, model.tokenizer, model.name, predictors)
 
 
+def unfold_thresholds(model: Model, original: Model) -> tuple[Model, list[float]]:
+    """The inverse of `fold_thresholds` for a model that `original` became by training: the same model, with
+    gates and ups scaled to be nearest to the original's gates, and the threshold of each layer."""
+    tensors, thresholds = dict(model.tensors), []
+    for i in range(model.config.num_hidden_layers):
+        gate, up = (f"model.layers.{i}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+        ours, theirs = (m.tensors[gate].dequantize().astype(np.float64).ravel() for m in (model, original))
+        factor = float(ours @ theirs / (theirs @ theirs))
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"{gate} has nothing left of the original's: it was not made from that model")
+        tensors[gate], tensors[up] = scaled(tensors[gate], 1 / factor), scaled(tensors[up], factor)
+        thresholds.append(model.config.activation.param / factor)
+    return replace(model, tensors=tensors), thresholds
+
+
 def scaled(tensor: Tensor, factor: float) -> Tensor:
     """F32 tensor times `factor`, computed when its data is asked for; the tensor itself for 1."""
     if factor == 1:

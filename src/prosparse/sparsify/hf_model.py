@@ -34,6 +34,7 @@ class Trunk(nn.Module):
         self.model: Any = model
         self.mlps = mlps
         self._compiled = False
+        self._states: list[Tensor] | None = None
         self.lm_head: Any = self.model.get_output_embeddings()
         self._check_head()
         self.model.get_input_embeddings().register_forward_hook(_as_autocast)
@@ -68,6 +69,8 @@ class Trunk(nn.Module):
     def hidden(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:
         """[batch, n, d] of `tokens` int64 [batch, n]. With `document` [batch, n], tokens see only their own
         one, and positions start anew in each."""
+        if self._states is not None:
+            self._states = []
         if document is None:
             return self.model(input_ids=tokens, use_cache=False).logits
         place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -80,6 +83,28 @@ class Trunk(nn.Module):
         return self.model(
             input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False
         ).logits
+
+    def freeze_embeddings(self) -> None:
+        """The embeddings and the head do not train."""
+        self.lm_head.requires_grad_(False)
+        self.model.get_input_embeddings().requires_grad_(False)
+
+    def watch(self) -> None:
+        """From now on `states` has what the layers of each forward pass gave."""
+        if self._states is None:
+            self._states = []
+            for layer in self.layers:
+                layer.register_forward_hook(self._keep)
+
+    def states(self) -> list[Tensor]:
+        """Hidden states [batch, n, d] after each layer of the last forward pass, which are then forgotten."""
+        states, self._states = self._states, []
+        assert states, "watch() comes before the forward pass"
+        return states
+
+    def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
+        assert self._states is not None
+        self._states.append(output[0] if isinstance(output, tuple) else output)
 
     def compile(self) -> None:
         """torch.compile of every layer's forward: they are alike, so one is compiled instead of thirty."""

@@ -1,34 +1,91 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) on all linear layers, through `peft`."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
+import torch
 from torch import Tensor, nn
+
+from prosparse.model.model import Model
+from prosparse.model.names import less_one_in_hf
 
 if TYPE_CHECKING:
     from prosparse.sparsify.hf_model import Trunk
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FFN = ("gate_proj", "up_proj", "down_proj")
 _NAME = "default"
+_OVERSAMPLED = 32  # columns beyond the rank, which make the random projection's singular vectors exact enough
 
 
-def add(trunk: "Trunk", rank: int, alpha: int | None = None) -> int:
-    """Puts adapters of `rank` into every projection, in place; the number of parameters that then train.
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Of the adapters of FFNs and of attention."""
 
-    Adapters and vectors (norms, biases) train, matrices do not. An adapter's product counts alpha / rank
-    times; alpha is twice the rank if not given.
+    ffn: int
+    attention: int
+
+    def __post_init__(self) -> None:
+        if min(self.ffn, self.attention) < 1:
+            raise ValueError(f"the rank of adapters must be at least 1, not {min(self.ffn, self.attention)}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`R`, or `FFN:ATTENTION`."""
+        ffn, _, attention = text.partition(":")
+        try:
+            return cls(int(ffn), int(attention or ffn))
+        except ValueError as error:
+            if "invalid literal" not in str(error):
+                raise
+            raise ValueError(
+                f"--lora is a rank, or those of FFNs and attention as 80:32, not {text!r}"
+            ) from None
+
+
+def add(trunk: "Trunk", ranks: Ranks) -> int:
+    """Puts adapters into every projection, in place; the number of parameters that then train.
+
+    Adapters and vectors (norms, biases) train, matrices do not. An adapter's product counts twice.
     """
-    if rank < 1:
-        raise ValueError(f"the rank of adapters must be at least 1, not {rank}")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError("adapters need the package peft: pip install 'prosparse[train]'") from None
-    config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(TARGETS), bias="none")
+    config = LoraConfig(
+        r=ranks.ffn,
+        lora_alpha=2 * ranks.ffn,
+        rank_pattern=dict.fromkeys(ATTENTION, ranks.attention),
+        alpha_pattern=dict.fromkeys(ATTENTION, 2 * ranks.attention),
+        target_modules=[*ATTENTION, *FFN],
+        bias="none",
+    )
     inject_adapter_in_model(config, trunk.model, adapter_name=_NAME)
     trunk.lm_head.requires_grad_(False)
     for name, parameter in trunk.model.named_parameters():
         parameter.requires_grad_(".lora_" in name or parameter.ndim == 1)
     return sum(p.numel() for p in trunk.parameters() if p.requires_grad)
+
+
+def start_at(trunk: "Trunk", tuned: Model) -> None:
+    """Adapters of `trunk` begin as the nearest of their rank to what `tuned` adds to its matrices (singular
+    values), its vectors as those of `tuned`. Embeddings stay: adapters leave them alone."""
+    vectors = dict(trunk.model.named_parameters())
+    with torch.no_grad():
+        for name, module in trunk.model.named_modules():
+            if not hasattr(module, "lora_A"):
+                continue
+            a, b = module.lora_A[_NAME].weight, module.lora_B[_NAME].weight
+            base, rank = module.base_layer.weight, len(a)
+            theirs = torch.from_numpy(tuned.tensors[f"{name}.weight"].dequantize()).to(base)
+            u, s, v = torch.svd_lowrank(theirs - base, min(rank + _OVERSAMPLED, *base.shape), niter=8)
+            root = (s[:rank] / module.scaling[_NAME]).sqrt()
+            b.zero_()[:, : len(root)] = u[:, :rank] * root
+            a.zero_()[: len(root)] = (v[:, :rank] * root).T
+        for name, tensor in tuned.tensors.items():
+            if len(tensor.shape) == 1:
+                values = tensor.dequantize() - less_one_in_hf(tuned.config, name)
+                vectors[name].copy_(torch.from_numpy(values))
 
 
 def merged(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

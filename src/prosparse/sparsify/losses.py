@@ -4,7 +4,7 @@ Gradients are formed together with the losses, chunk by chunk of tokens, so noth
 product for the logits, one for each of the two gradients, and one for the teacher's logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,36 +13,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_TINY = 1e-12
 _NEVER = -1e30  # a logit: its probability is 0, and 0 times its logarithm is 0, not NaN
 CHUNK = 4096  # tokens; with a vocabulary of 50,000 a chunk's float32 logits take 0.8 GB
 
 
 @dataclass(frozen=True, slots=True)
 class LossMix:
-    """Weights of the two losses. Distillation is T^2 KL(teacher || student) of logits over temperature T
+    """Weights of the losses. Distillation is T^2 KL(teacher || student) of logits over temperature T
     (Hinton et al. 2015): its gradient then does not fade as T grows. With `top_k` the teacher's distribution
-    is that of its top_k likeliest tokens alone."""
+    is that of its top_k likeliest tokens alone. `states` is that of `states_loss`."""
 
     next_token: float = 0.0
     distil: float = 1.0
     temperature: float = 1.0
     top_k: int | None = None
+    states: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.next_token < 0 or self.distil < 0 or self.next_token + self.distil == 0:
-            raise ValueError("loss weights must not be negative, nor both 0")
+        if min(self.next_token, self.distil, self.states) < 0 or self.next_token + self.distil == 0:
+            raise ValueError("loss weights must not be negative, nor those of next token and KL both 0")
         if not self.temperature > 0:
             raise ValueError(f"the temperature must be positive, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top-k must be at least 1, not {self.top_k}")
 
+    @property
+    def taught(self) -> bool:
+        """Whether the original is needed."""
+        return self.distil > 0 or self.states > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """The original model's hidden states [n, d] in front of its head [vocab, d]."""
+    """The original model's hidden states [n, d] in front of its head [vocab, d], and those after each of its
+    layers [batch, n, d] where they are compared."""
 
     hidden: Tensor
     head: Tensor
+    states: Sequence[Tensor] = ()
 
 
 def head_loss(
@@ -66,6 +75,20 @@ def head_loss(
         hidden, head, targets, learn, mix, teacher, chunk, losses
     )
     return result
+
+
+def states_loss(states: Sequence[Tensor], theirs: Sequence[Tensor], compiled: bool = False) -> Tensor:
+    """How far hidden states [..., d] are from the teacher's, a float32 scalar: |difference|^2 / |theirs|^2 of
+    every token, averaged over tokens and layers. Relative, as a few tokens have states a thousand times as
+    long as all others (Sun et al. 2024, massive activations)."""
+    error = _compiled_error() if compiled else _relative_error
+    return torch.stack([error(ours, other) for ours, other in zip(states, theirs, strict=True)]).mean()
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    theirs = theirs.float()
+    difference = (ours.float() - theirs).square().sum(-1)
+    return (difference / theirs.square().sum(-1).clamp(min=_TINY)).mean()
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -144,4 +167,10 @@ def _losses(
 @cache
 def _compiled_losses() -> Callable[..., tuple[Tensor, Tensor]]:
     compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_losses, dynamic=False)
+    return compiled
+
+
+@cache
+def _compiled_error() -> Callable[[Tensor, Tensor], Tensor]:
+    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(_relative_error, dynamic=False)
     return compiled

@@ -78,7 +78,7 @@ class _Speed:
 
     def __init__(self, trainer: Trainer, model: ModelConfig, lora: bool) -> None:
         context = trainer.feeds[0].mixture.context
-        distil = bool(trainer.config.mix.distil)
+        distil = trainer.config.mix.taught
         self._flops = training_flops(model, context, distil=distil, lora=lora)
         self._peak = None
         if trainer.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(trainer.device))):

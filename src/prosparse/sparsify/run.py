@@ -28,12 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(group: Any) -> None:
     add = group.add_argument
     add("-m", "--model", metavar="M", help="GGUF file, Hugging Face folder, Hub id (org/name), or demo")
+    add("--from", dest="start", metavar="M", help="the model to start with, where it is not the original")
     add(
         "--data",
         action="append",
         default=[],
         metavar="D[:WEIGHT]",
-        help="file, folder or hf:NAME; may be repeated",
+        help="file, folder, hf:NAME or store of an earlier run; may be repeated",
     )
     add("--decay-data", action="append", default=[], metavar="D", help="of a preset's decay stage [all data]")
     add("--sft-data", action="append", default=[], metavar="D", help="of a preset's instruction stage")
@@ -48,17 +49,22 @@ def _add_data(group: Any) -> None:
 def _add_method(group: Any) -> None:
     way = group.add_mutually_exclusive_group()
     way.add_argument("--target", type=float, metavar="S", help="sparsity to reach, by thresholds [0.9]")
+    way.add_argument("--l1", metavar="F,F,...", help="or by L1, the paper's way: a factor a stage, rising")
     way.add_argument(
         "--preset", metavar="P", help=f"{', '.join(presets.PRESETS)}; P/{', P/'.join(presets.ABLATIONS)}"
     )
     add = group.add_argument
     add("--dry-run", action="store_true", help="print the stages of --preset and stop")
+    add("--reach", type=float, metavar="X", help="share of training after which --target stands [0.75]")
     add("--lr", type=float, metavar="X", help="peak learning rate [5e-4, 1e-3 with --lora, or the preset's]")
+    add("--lr-floor", type=float, default=0.1, metavar="X", help="share of it that the last step has [0.1]")
     add("--distil", type=float, default=1.0, metavar="X", help="weight of the KL to the original [1]")
     add("--temperature", type=float, default=1.0, metavar="T", help="of that KL [1]")
     add("--top-k", type=int, metavar="K", help="that KL over the original's K likeliest tokens only")
     add("--next-token", type=float, default=0.0, metavar="X", help="weight of the next-token loss [0]")
-    add("--lora", type=int, metavar="R", help="train adapters of rank R and norms instead of all weights")
+    add("--states", type=float, default=0.0, metavar="X", help="weight of hidden states' difference [0]")
+    add("--keep-embeddings", action="store_true", help="leave embeddings and head as the original has them")
+    add("--lora", metavar="R[:A]", help="train adapters of rank R (A in attention), norms, no other weights")
     add("--control", action="store_true", help="also train the un-sparsified twin on the same tokens")
 
 

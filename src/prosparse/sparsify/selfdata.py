@@ -17,7 +17,7 @@ from prosparse.sparsify.hf_model import Trunk
 from prosparse.sparsify.sampling import Sampler
 from prosparse.sparsify.tokens import Encoder, TokenStore, written_store
 
-_VERSION = 1  # of what is sampled: another one finds no older store
+_VERSION = 2  # of what is sampled: another one finds no older store
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 _HERE = "THE-QUESTION-GOES-HERE"
 
@@ -233,6 +233,7 @@ def _assemble(
         np.save(part / "offsets.npy", np.array([*offsets, n], np.int64))
         meta = {
             "source": f"{settings['model']}, its own text",
+            "tokenizer": settings["tokenizer"],
             "tokens": n,
             "documents": len(offsets),
             "dtype": dtype.name,

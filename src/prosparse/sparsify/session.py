@@ -18,6 +18,7 @@ from prosparse.formats import open_model
 from prosparse.formats.files import written_whole
 from prosparse.formats.hf import write_folder
 from prosparse.model.activation import Activation
+from prosparse.model.fold import unfold_thresholds
 from prosparse.model.model import Model
 from prosparse.sparsify import hf_model, lora, progress, report, selfdata, settings, tokens
 from prosparse.sparsify.batches import Mixture
@@ -47,11 +48,18 @@ class Session:
         self.args, self.preset, self.world, self.device = args, preset, world, device
         self.folder: Path = args.out
         self.original = open_model(args.model)
+        self.start, self.start_thresholds = self._start()
+        self.ranks = None if args.lora is None else lora.Ranks.parse(args.lora)
         size = self.original.config
         if preset:
             preset.check_model(size.hidden_size, size.num_hidden_layers)
         self.config = settings.train_config(
-            args, preset, reads, bfloat16=device.type == "cuda", processes=world.size
+            args,
+            preset,
+            reads,
+            bfloat16=device.type == "cuda",
+            processes=world.size,
+            thresholds=bool(self.start_thresholds),
         )
         self.settings = self._described()
         settings.check_same(self.folder / "training.json", self.settings)
@@ -68,7 +76,7 @@ class Session:
         """Trains and writes `model/`, `training.json`, `metrics.jsonl`, `report.json` and their curves."""
         args, bfloat16 = self.args, self.config.bfloat16
         student = self._student()
-        if self.config.mix.distil and self.teacher is None:
+        if self.config.mix.taught and self.teacher is None:
             self.teacher = self._load_teacher()
         trainer = Trainer(student, self.teacher, self.feeds, self.config, self.folder, self.world)
         if self.world.is_main:
@@ -105,6 +113,7 @@ class Session:
             "device": torch.cuda.get_device_name() if cuda else str(self.device),
             "processes": self.world.size,
             "model": str(args.model),
+            "start": args.start and str(args.start),
             "data": args.data,
             "decay_data": args.decay_data,
             "sft_data": args.sft_data,
@@ -115,6 +124,7 @@ class Session:
             "batch_tokens": args.batch_tokens,
             "held_out": args.held_out,
             "lora": args.lora,
+            "keep_embeddings": args.keep_embeddings,
             "config": asdict(self.config),
         }
 
@@ -124,18 +134,41 @@ class Session:
         trained = 0 if self.args.lora is not None else parameters
         settings.check_space(shutil.disk_usage(self.folder).free, trained, parameters)
 
-    def _student(self) -> Trunk:
-        if self.preset is None:
-            return self._trainable(Activation("fatrelu", 0.0))
-        shift = self.preset.shift
-        return self._trainable(Activation("shiftrelu", shift) if shift else Activation("relu"))
+    def _start(self) -> tuple[Model, list[float]]:
+        """The model whose weights training starts with, that of --from or the original, and its thresholds if
+        it has any."""
+        if self.args.start is None:
+            return self.original, []
+        start = open_model(self.args.start)
+        before = start.config.activation
+        alike = replace(start.config, activation=self.original.config.activation)
+        if alike != self.original.config:
+            raise ValueError(
+                f"{self.args.start} has another shape than {self.args.model}: it was not made of it"
+            )
+        return unfold_thresholds(start, self.original) if before.name == "fatrelu" else (start, [])
 
-    def _trainable(self, activation: Activation) -> Trunk:
-        changed = replace(self.original, config=replace(self.original.config, activation=activation))
+    def _student(self) -> Trunk:
+        if self.config.control:
+            student = self._trainable(self.start, Activation("fatrelu", 0.0))
+            for mlp, threshold in zip(student.mlps, self.start_thresholds, strict=False):
+                mlp.threshold.fill_(threshold)
+            return student
+        shift = self.preset.shift if self.preset else None
+        return self._trainable(self.start, Activation("shiftrelu", shift) if shift else Activation("relu"))
+
+    def _trainable(self, start: Model, activation: Activation) -> Trunk:
+        """A model that trains from the weights of `start`: itself, or adapters of the original."""
+        base = start if self.ranks is None else self.original
+        changed = replace(base, config=replace(base.config, activation=activation))
         trunk = hf_model.load(changed, device=self.device)
-        if self.args.lora is not None:
+        if self.args.keep_embeddings:
+            trunk.freeze_embeddings()
+        if self.ranks is not None:
             torch.manual_seed(self.args.seed)
-            lora.add(trunk, self.args.lora)
+            lora.add(trunk, self.ranks)
+            if start is not self.original:
+                lora.start_at(trunk, start)
         return trunk
 
     def _load_teacher(self) -> Trunk:
@@ -240,7 +273,7 @@ class Session:
         if not self.args.control:
             return None, "missing: --control trains it"
         self._say("control: the un-sparsified twin, on the same tokens")
-        twin = self._trainable(self.original.config.activation)
+        twin = self._trainable(self.original, self.original.config.activation)
         config: TrainConfig = replace(self.config, schedule=None, control=None)
         trainer = Trainer(twin, self.teacher, self.feeds, config, self.folder / "control", self.world)
         progress.train(trainer, self.original.config, [], lora=self.args.lora is not None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prosparse.sparsify.controller import TargetControl
 from prosparse.sparsify.corpus import Source
 from prosparse.sparsify.presets import Phase, Preset
-from prosparse.sparsify.schedule import LearningRate
+from prosparse.sparsify.schedule import LambdaSchedule, LearningRate
 
 if TYPE_CHECKING:
     from prosparse.sparsify.trainer import TrainConfig
@@ -66,8 +66,9 @@ def train_config(
     *,
     bfloat16: bool,
     processes: int = 1,
+    thresholds: bool = False,
 ) -> "TrainConfig":
-    """The run the options describe."""
+    """The run the options describe. `thresholds`: the model it starts from has some already."""
     from prosparse.sparsify.losses import LossMix
     from prosparse.sparsify.trainer import TrainConfig
 
@@ -76,21 +77,43 @@ def train_config(
         rate = replace(preset.learning_rate, peak=args.lr) if args.lr else preset.learning_rate
     else:
         peak = args.lr or (1e-3 if args.lora is not None else 5e-4)
-        rate = LearningRate("cosine", peak, max(steps, 2), warmup_steps=min(100, steps // 20))
+        rate = LearningRate("cosine", peak, max(steps, 2), min(100, steps // 20), args.lr_floor)
+    schedule, control = (preset.schedule, None) if preset else _way(args, steps, thresholds)
     return TrainConfig(
         steps=steps,
         micro_sequences=_micro(args.micro, [read.sequences for read in reads], processes),
         learning_rate=rate,
-        mix=LossMix(args.next_token, args.distil, args.temperature, args.top_k),
-        schedule=preset.schedule if preset else None,
+        mix=LossMix(args.next_token, args.distil, args.temperature, args.top_k, args.states),
+        schedule=schedule,
         matrix_rate=preset.matrix_rate if preset else 1.0,
-        control=None if preset else TargetControl(0.9 if args.target is None else args.target),
+        control=control,
         document_mask=args.document_mask,
         bfloat16=bfloat16,
         compile=args.compile,
         recompute=args.recompute,
         checkpoint_every=args.checkpoint_every,
     )
+
+
+def _way(
+    args: argparse.Namespace, steps: int, thresholds: bool
+) -> tuple[LambdaSchedule | None, TargetControl | None]:
+    """Without a preset: the paper's path with the factors of --l1, or the target."""
+    control = TargetControl(0.9 if args.target is None else args.target)
+    start = 0.0 if thresholds else control.start
+    if args.l1 is None:
+        return None, replace(control, start=start, end=control.end if args.reach is None else args.reach)
+    if args.reach is not None:
+        raise ValueError("--reach is for --target; the stages of --l1 are of equal length")
+    try:
+        factors = [float(factor) for factor in args.l1.split(",")]
+    except ValueError:
+        raise ValueError(f"--l1 is the factors of the stages, as 1e-3,5e-3,5e-2, not {args.l1!r}") from None
+    relu = round(start * steps)
+    ends = [relu + round((steps - relu) * (i + 1) / len(factors)) for i in range(len(factors))]
+    if relu < 1 or len(set(ends)) < len(ends):
+        raise ValueError(f"{steps} steps are too few for a ReLU stage and {len(factors)} stages of --l1")
+    return LambdaSchedule.progressive(relu, factors, ends), None
 
 
 def _micro(most: int, sequences: Sequence[int], processes: int) -> int:

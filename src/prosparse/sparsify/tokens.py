@@ -24,6 +24,7 @@ from prosparse.model.tokenizer import Tokenizer, TokenizerData
 from prosparse.sparsify import corpus
 from prosparse.sparsify.corpus import Row
 
+_VERSION = 2  # of a store's layout: another one finds no older store
 _CHUNK = 64  # rows a worker takes at a time
 
 
@@ -116,6 +117,7 @@ class TokenStore:
         meta = json.loads((folder / "meta.json").read_text())
         self.folder = folder
         self.source: str = meta["source"]
+        self.tokenizer: str = meta["tokenizer"]  # its fingerprint
         n = meta["tokens"]
         self.tokens = np.memmap(folder / "tokens.bin", np.dtype(meta["dtype"]), "r", shape=(n,))
         self.loss = np.memmap(folder / "loss.bin", np.uint8, "r", shape=(n,))
@@ -130,17 +132,31 @@ def build(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenStore:
-    """The store of a source, made unless the cache has it. `progress(rows, tokens)` is called on the way.
+    """The store of a source, made unless the cache has it, or the source itself if it is a store.
 
-    ValueError for a source without a single row; rows keep their order whatever the number of `workers`.
+    `progress(rows, tokens)` is called on the way. ValueError for a source without a single row, or a store
+    made with another tokenizer; rows keep their order whatever the number of `workers`.
     """
-    key = hashlib.sha256(f"{_state(source)} {encoder.fingerprint()}".encode()).hexdigest()[:24]
+    if (Path(source) / "meta.json").exists():
+        return _opened(Path(source), encoder)
+    key = hashlib.sha256(f"{_VERSION} {_state(source)} {encoder.fingerprint()}".encode()).hexdigest()[:24]
     folder = cache / key
     if (folder / "meta.json").exists():
         return TokenStore(folder)
     with written_store(folder) as part:
         _write(source, encoder, part, workers or os.cpu_count() or 1, progress)
     return TokenStore(folder)
+
+
+def _opened(folder: Path, encoder: Encoder) -> TokenStore:
+    """A store that was made before, wherever that was."""
+    try:
+        store = TokenStore(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is a damaged store of tokens: make it again ({error})") from None
+    if store.tokenizer != encoder.fingerprint():
+        raise ValueError(f"{folder} holds the tokens of another tokenizer: make it again with this model's")
+    return store
 
 
 @contextmanager
@@ -183,7 +199,13 @@ def _write(
     if len(offsets) == 1:
         raise ValueError(f"{source} has no rows: there is nothing to train on")
     np.save(folder / "offsets.npy", np.array(offsets, np.int64))
-    meta = {"source": source, "tokens": offsets[-1], "documents": len(offsets) - 1, "dtype": dtype.name}
+    meta = {
+        "source": source,
+        "tokenizer": encoder.fingerprint(),
+        "tokens": offsets[-1],
+        "documents": len(offsets) - 1,
+        "dtype": dtype.name,
+    }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 

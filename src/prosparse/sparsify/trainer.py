@@ -22,7 +22,7 @@ from prosparse.sparsify.batches import Batch, Mixture, ahead
 from prosparse.sparsify.controller import TargetControl
 from prosparse.sparsify.distributed import World, full, shard
 from prosparse.sparsify.hf_model import Trunk
-from prosparse.sparsify.losses import LossMix, Teacher, head_loss
+from prosparse.sparsify.losses import LossMix, Teacher, head_loss, states_loss
 from prosparse.sparsify.regularizer import Norm, concentration, l1
 from prosparse.sparsify.schedule import LambdaSchedule, LearningRate
 
@@ -71,8 +71,8 @@ class Feed:
 class Trainer:
     """Trains `student` in place. A run in `folder` goes on from its newest checkpoint.
 
-    `metrics.jsonl` there has a line a step: `step, lr, lambda, loss, next_token, kl, sparsity, wanted,
-    grad_norm, tokens, seconds`, `skipped` where the numbers were not finite and the step was not taken.
+    `metrics.jsonl` there has a line a step: `step, lr, lambda, loss, next_token, kl, states, sparsity,
+    wanted, grad_norm, tokens, seconds`, `skipped` where numbers were not finite and the step was not taken.
     In a `world` of several processes each one must make and run a trainer.
     """
 
@@ -85,7 +85,7 @@ class Trainer:
         folder: Path,
         world: World | None = None,
     ) -> None:
-        if config.mix.distil and teacher is None:
+        if config.mix.taught and teacher is None:
             raise ValueError("distillation needs the original model")
         self.student, self.teacher, self.feeds, self.config = student, teacher, feeds, config
         self.folder, self.world = folder, world or World()
@@ -144,6 +144,8 @@ class Trainer:
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
         for trunk in (self.student, self.teacher):
+            if trunk is not None and config.mix.states:
+                trunk.watch()
             if trunk is not None and config.compile:
                 trunk.compile()
             if trunk is self.student and config.recompute:
@@ -208,7 +210,7 @@ class Trainer:
             group["lr"] = rate * group["scale"]
         feed, _ = self._feed_at(step)
         parts = feed.sequences // config.micro_sequences // self.world.size
-        measured = torch.zeros(3 + self._layers, device=self.device)
+        measured = torch.zeros(4 + self._layers, device=self.device)
         lesson = self._lesson or self._taught(next(batches))
         for part in range(parts):
             measured += self._backward(lesson, factor, parts) / parts
@@ -219,7 +221,7 @@ class Trainer:
         # a GPU has this to do while the numbers are waited for and the optimizer's kernels are launched
         coming = next(batches, None)
         self._lesson = None if coming is None else self._taught(coming)
-        loss, next_token, kl, *sparsity, norm = numbers.read()
+        loss, next_token, kl, states, *sparsity, norm = numbers.read()
         taken = math.isfinite(loss) and math.isfinite(norm)
         if taken:
             self._optimizer.step()
@@ -234,6 +236,7 @@ class Trainer:
             "loss": loss,
             "next_token": next_token,
             "kl": kl,
+            "states": states,
             "sparsity": float(layers.mean()),
             "wanted": wanted,
             "grad_norm": norm,
@@ -249,13 +252,15 @@ class Trainer:
         document = torch.from_numpy(batch.document[:, :-1]).to(self.device) if config.document_mask else None
         inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
         theirs = None
-        if self.teacher is not None and config.mix.distil:
+        if self.teacher is not None and config.mix.taught:
             with torch.no_grad(), self._narrow():
-                theirs = Teacher(self.teacher(inputs, document).flatten(0, 1), self.teacher.head)
+                hidden = self.teacher(inputs, document).flatten(0, 1)
+                states = self.teacher.states() if config.mix.states else ()
+                theirs = Teacher(hidden, self.teacher.head, states)
         return _Lesson(inputs, targets, learn, document, theirs)
 
     def _backward(self, lesson: "_Lesson", factor: float, parts: int) -> Tensor:
-        """Adds one micro-batch's gradients. [loss, next-token loss, KL, then sparsity by layer]."""
+        """Adds one micro-batch's gradients. [loss, next-token loss, KL, states loss, sparsity by layer]."""
         config = self.config
 
         def losses(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,6 +276,11 @@ class Trainer:
 
         with self._narrow():
             loss, next_token, kl = self.student(lesson.inputs, lesson.document, losses)
+        states = torch.zeros((), device=self.device)
+        if config.mix.states:
+            assert lesson.theirs is not None
+            states = states_loss(self.student.states(), lesson.theirs.states, config.compile)
+            loss = loss + config.mix.states * states
         if factor:
             loss = loss + factor * torch.stack([m.l1 for m in self._measures]).sum()
         if config.control and config.concentration:
@@ -278,7 +288,7 @@ class Trainer:
         # before the backward pass, which may compute activations anew
         sparsity = torch.stack([m.sparsity for m in self._measures])
         (loss / parts).backward()
-        return torch.cat([torch.stack([loss.detach(), next_token, kl]), sparsity])
+        return torch.cat([torch.stack([loss.detach(), next_token, kl, states.detach()]), sparsity])
 
     def _narrow(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)

@@ -1,0 +1,173 @@
+"""The built-in model: SmolLM2-135M-Instruct made sparse on one or two GPUs, leg by leg.
+
+    python recipes/smollm2_135m.py self --out DATA                  # text that the original writes
+    python recipes/smollm2_135m.py leg 90 --data DATA --out RUNS    # one leg, from the one before it
+    python recipes/smollm2_135m.py eval 90 --out RUNS --eval-data EVAL
+    python recipes/smollm2_135m.py table                            # the table of docs, from saved results
+
+DATA holds the corpora (`openstax.jsonl.zst`, ..., or stores of their tokens under the same names) and what
+`self` wrote. A leg takes less than ten minutes and leaves RUNS/NAME.gguf in Q8_0: that file is all that the
+next leg needs. What it measured is kept under `docs/runs/smollm2_135m`. Every command that is run is printed.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ORIGINAL = "demo-original"
+RESULTS = Path(__file__).parents[1] / "docs" / "runs" / "smollm2_135m"
+# shares of the mix; what the original writes is the only text like that of the web
+MIX = {
+    "self_0": 2.0,
+    "self_1": 2.0,
+    "openstax": 2.0,
+    "classic_books": 1.5,
+    "wiki_intro": 1.5,
+    "docs_permissive": 1.0,
+    "code_python": 0.8,
+    "instruct": 0.7,
+    "sgd_dialogues": 0.4,
+    "us_speeches": 0.4,
+}
+SELF_TOKENS, SELF_CHAT = 8e6, 0.35
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Options of `prosparse sparsify`; `after` is the leg whose model it starts with."""
+
+    tokens: float
+    options: str
+    after: str | None = None
+    gpus: int = 1
+    batch_tokens: int = 1 << 16
+
+
+_ABLATION = "--lr 5e-4 --keep-embeddings"
+LEGS = {
+    # the method, at equal tokens
+    "relu": Leg(16e6, f"--l1 0 {_ABLATION}"),
+    "l1": Leg(16e6, f"--l1 2e-3,1e-2,5e-2,1e-1 {_ABLATION}"),
+    "target": Leg(16e6, f"--target 0.9 {_ABLATION}"),
+    "states": Leg(16e6, f"--target 0.9 --states 1 {_ABLATION}"),
+    # the models
+    "trunk": Leg(
+        190e6,
+        "--target 0.9 --reach 0.7 --lr 7e-4 --lr-floor 0.7 --keep-embeddings",
+        gpus=2,
+        batch_tokens=1 << 17,
+    ),
+    "90": Leg(110e6, "--target 0.905 --reach 0.1 --lr 5e-4 --lr-floor 0.01 --keep-embeddings", "trunk"),
+    "95": Leg(110e6, "--target 0.952 --reach 0.4 --lr 5e-4 --lr-floor 0.01 --keep-embeddings", "trunk"),
+    "adapter": Leg(45e6, "--target 0.89 --reach 0.1 --lora 80:32 --lr 1e-3 --lr-floor 0.01 --type f32", "90"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("self", "leg", "eval", "table"))
+    parser.add_argument("name", nargs="?", help=f"of a leg: {', '.join(LEGS)}")
+    parser.add_argument("-m", "--model", default=ORIGINAL, help=f"the original [{ORIGINAL}]")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the text")
+    parser.add_argument("--eval-data", type=Path, metavar="DIR", help="the benchmarks")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="of small files")
+    parser.add_argument("--seed", type=int, default=0, help="of self: 0 writes self_0")
+    parser.add_argument("--micro", type=int, default=64, help="sequences at a time")
+    parser.add_argument("--device", default="cuda", help="[cuda]")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the tokens, to try a leg out")
+    parser.add_argument("rest", nargs="*", help="after --: more options of the leg's sparsify")
+    args = parser.parse_intermixed_args()
+    if args.what == "table":
+        print(table(args.results))
+        return 0
+    if args.out is None or (args.what != "self" and args.name not in (*LEGS, "original")):
+        parser.error("give --out DIR, and the name of a leg")
+    {"self": write_self, "leg": run_leg, "eval": evaluate}[args.what](args)
+    return 0
+
+
+def write_self(args: argparse.Namespace) -> None:
+    """A store of text that the original writes, DIR/self_SEED."""
+    import torch
+
+    from prosparse.formats import open_model
+    from prosparse.sparsify import hf_model, selfdata, tokens
+
+    original = open_model(args.model)
+    config = original.config
+    kind = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    store = selfdata.build(
+        hf_model.load(original, device=args.device, dtype=kind),
+        tokens.Encoder(original.tokenizer, config.bos_token_id, config.eos_token_ids),
+        int(SELF_TOKENS * args.scale),
+        args.out / "cache",
+        context=1025,
+        batch=max(1, min(1024, int(1024 * args.scale))),
+        seed=args.seed,
+        chat=SELF_CHAT,
+        key=f"{original.name}, seed {args.seed}",
+        progress=lambda done, of_all: print(f"{done / 1e6:.1f} of {of_all / 1e6:.1f} M tokens", flush=True),
+    )
+    store.folder.rename(args.out / f"self_{args.seed}")
+
+
+def run_leg(args: argparse.Namespace) -> None:
+    """Trains, keeps what was measured, and writes the model as the next leg wants it."""
+    leg, run, results = LEGS[args.name], args.out / args.name, args.results / args.name
+    command = [sys.executable, "-m"]
+    if leg.gpus > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={leg.gpus}", "-m"]
+    command += ["prosparse", "sparsify", "-m", args.model, "--out", str(run), "--device", args.device]
+    if leg.after:
+        command += ["--from", str(args.out / f"{leg.after}.gguf")]
+    for name, weight in MIX.items():
+        command += ["--data", f"{_source(args.data, name)}:{weight:g}"]
+    command += ["--tokens", f"{leg.tokens * args.scale:g}", "--batch-tokens", str(leg.batch_tokens)]
+    command += ["--micro", str(args.micro), "--compile", "--checkpoint-every", "400"]
+    _run(*command, *leg.options.split(), *args.rest)
+    results.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "training.json", "report.json"):
+        shutil.copy(run / name, results / name)
+    _run(
+        sys.executable,
+        "-m",
+        "prosparse",
+        "convert",
+        str(run / "model"),
+        str(args.out / f"{args.name}.gguf"),
+        "--type",
+        "q8_0",
+    )
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Seven benchmarks and WikiText-2 of a leg's model, or of the original."""
+    model = args.model if args.name == "original" else str(args.out / args.name / "model")
+    results = args.results / args.name
+    results.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prosparse", "eval", "-m", model, "--data-dir", str(args.eval_data)]
+    _run(*command, "--device", args.device, "--out", str(results / "eval.json"), *args.rest)
+
+
+def _source(data: Path, name: str) -> Path:
+    """A store, or the packed text."""
+    found = [data / name, data / f"{name}.jsonl.zst", data / f"{name}.jsonl.gz"]
+    for path in found:
+        if path.exists():
+            return path
+    raise SystemExit(f"{found[0]} is missing: give --data with the corpora and what `self` wrote")
+
+
+def _run(*command: str) -> None:
+    print("+", *command, flush=True)
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
