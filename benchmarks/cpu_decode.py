@@ -63,7 +63,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for name in args.shapes:
         match name:
             case "smollm2":
-                yield Case(name, "q4_1", find("demo"), None, {}, torch=True)
+                yield Case(name, "q4_1", find("demo-original"), None, {}, torch=True)
                 for type in (type for type in args.types if type in SMOLLM2_TYPES):
                     yield Case(name, type, converted_demo(type), None, {}, torch=False)
             case "sparse":
@@ -86,7 +86,7 @@ def converted_demo(type: str) -> Path:
     path = shapes.CACHE / f"smollm2-{type}.gguf"
     if not path.exists():
         shapes.CACHE.mkdir(exist_ok=True)
-        convert("demo", path, type.upper())
+        convert("demo-original", path, type.upper())
     return path
 
 

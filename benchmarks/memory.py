@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = 2 if args.quick else args.runs
 
-    models = args.model or [path for path in (find("demo"), sparse_file()) if path]
+    models = args.model or [path for path in (find("demo-original"), sparse_file()) if path]
     rows = [measure_model(path, runs) for path in models]
     for row in rows:
         print(

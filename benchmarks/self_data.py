@@ -73,7 +73,7 @@ def main() -> None:
         prog="python -m benchmarks.self_data", description=__doc__.split("\n")[0]
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("-m", "--model", help="GGUF file, Hugging Face folder, Hub id, or demo")
+    which.add_argument("-m", "--model", help="GGUF file, Hugging Face folder, Hub id, or demo-original")
     which.add_argument("--shape", action="store_true", help="SmolLM2-135M's sizes with random weights")
     parser.add_argument("--tokens", type=float, default=3e6, help="to time, besides the first batch")
     parser.add_argument("--batch", type=int, default=1024)

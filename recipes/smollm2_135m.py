@@ -55,14 +55,14 @@ LEGS = {
     "states": Leg(16e6, f"--target 0.9 --states 1 {_ABLATION}"),
     # the models
     "trunk": Leg(
-        190e6,
+        255e6,
         "--target 0.9 --reach 0.7 --lr 7e-4 --lr-floor 0.7 --keep-embeddings",
         gpus=2,
         batch_tokens=1 << 17,
     ),
-    "90": Leg(110e6, "--target 0.905 --reach 0.1 --lr 5e-4 --lr-floor 0.01 --keep-embeddings", "trunk"),
-    "95": Leg(110e6, "--target 0.952 --reach 0.4 --lr 5e-4 --lr-floor 0.01 --keep-embeddings", "trunk"),
-    "adapter": Leg(45e6, "--target 0.89 --reach 0.1 --lora 80:32 --lr 1e-3 --lr-floor 0.01 --type f32", "90"),
+    "90": Leg(115e6, "--target 0.905 --reach 0.1 --lr 5e-4 --lr-floor 0.01 --keep-embeddings", "trunk"),
+    "95": Leg(115e6, "--target 0.952 --reach 0.4 --lr 5e-4 --lr-floor 0.01 --keep-embeddings", "trunk"),
+    "adapter": Leg(36e6, "--target 0.89 --reach 0.1 --lora 80:32 --lr 1e-3 --lr-floor 0.01 --type f32", "90"),
 }
 
 

@@ -18,7 +18,8 @@ def load(
     hidden_act_param: float | None = None,
     **options: Any,
 ) -> "LLM":
-    """Opens a GGUF file, a Hugging Face folder, a Hub id or "demo"; `options` are those of `LLM`.
+    """Opens a GGUF file, a Hugging Face folder, a Hub id, "demo" or "demo-original"; `options` are those of
+    `LLM`.
 
     `hidden_act` and `hidden_act_param` replace the activation that came with the weights, for experiments.
     """

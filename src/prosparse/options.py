@@ -17,7 +17,7 @@ def add_model(parser: argparse.ArgumentParser, *, default: str | None = None, ct
         metavar="M",
         required=default is None,
         default=default,
-        help="GGUF file, Hugging Face folder, Hub id (org/name), or demo"
+        help="GGUF file, Hugging Face folder, Hub id (org/name), demo, or demo-original"
         + (f" [{default}]" if default else ""),
     )
     if ctx:

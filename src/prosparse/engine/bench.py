@@ -31,7 +31,9 @@ def sample_tokens(tokenizer: "Tokenizer", n: int) -> list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, help="GGUF file, HF folder, Hub id, or demo")
+    parser.add_argument(
+        "-m", "--model", required=True, help="GGUF file, HF folder, Hub id, demo, demo-original"
+    )
     parser.add_argument("-p", "--n-prompt", type=int, default=512, help="tokens of prefill, 0 for none")
     parser.add_argument("-n", "--n-gen", type=int, default=128, help="tokens to decode, 0 for none")
     parser.add_argument("-t", "--threads", type=int, help="default: one per usable core")

@@ -1,4 +1,4 @@
-"""`prosparse convert`: between HF folders, GGUF and PowerInfer files, with quantisation and folding."""
+"""`prosparse convert`: between HF folders, GGUF and PowerInfer files; quantisation, folding, adapters."""
 
 import argparse
 import json
@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from prosparse.formats import predictors
+from prosparse.formats.adapter import read as read_adapter
 from prosparse.formats.gguf import read_gguf, write_gguf
 from prosparse.formats.hf import write_folder
 from prosparse.formats.open import find, interleave, open_model
 from prosparse.formats.quants import NATIVE, with_type
 from prosparse.model import names
+from prosparse.model.adapter import apply
 from prosparse.model.config import ModelConfig
 from prosparse.model.fold import fold_scales
 from prosparse.model.model import BLOCKS, Model, Tensor
@@ -38,12 +40,15 @@ def convert(
     fold: bool = False,
     pure: bool = False,
     keep_predictors: bool = True,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Convert the model at `source` to a GGUF file (`target` ends in .gguf) or an HF folder; returns what
     was written.
 
     `kind` is the type of the matrices; None keeps theirs, or for an HF folder makes quantised ones F16.
     Types of 4 and 5 bits keep embedding, output and predictors at Q8_0 unless `pure`. Vectors are always F32.
+    The file `adapter` is merged into the model; quantised matrices that it changes become Q8_0 unless `kind`
+    says otherwise.
     """
     model = open_model(source)
     target = Path(target)
@@ -56,6 +61,9 @@ def convert(
         raise ValueError(f"{target} exists: an HF folder is only written to a new or empty place")
     stored = {name: tensor.type for name, tensor in model.tensors.items()}
     stored.setdefault("lm_head.weight", stored["model.embed_tokens.weight"])
+    if adapter is not None:
+        model = apply(model, read_adapter(Path(adapter)))
+        stored = {n: t if t in _FLOATS or n in _TOKENS else "Q8_0" for n, t in stored.items()}
     if fold:
         model = fold_scales(model)
     tensors = {}
@@ -160,7 +168,7 @@ def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="GGUF file, HF folder, Hub id, or demo")
+    parser.add_argument("source", metavar="SRC", help="GGUF file, HF folder, Hub id, demo, demo-original")
     parser.add_argument("target", metavar="DST", help="a name ending in .gguf, or a new HF folder")
     parser.add_argument(
         "--type",
@@ -170,6 +178,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pure", action="store_true", help="4- and 5-bit types for embedding and output too")
     parser.add_argument("--fold", action="store_true", help="fold MiniCPM's scales into plain LLaMA weights")
     parser.add_argument("--no-predictors", action="store_true", help="leave the activation predictors out")
+    group = parser.add_argument_group("adapters")
+    group.add_argument("--adapter", metavar="FILE", help="merge this adapter into SRC")
+    group.add_argument("--base", metavar="M", help="write the adapter that makes SRC of this model")
+    group.add_argument(
+        "--rank", metavar="R", help="of the adapter: one, or those of FFNs and attention as 80:32 [64]"
+    )
+    group.add_argument("--name", metavar="TEXT", help="of the model that the adapter makes [SRC's]")
+    group.add_argument("--measured", type=Path, metavar="FILE", help="a JSON object to keep in the adapter")
     group = parser.add_argument_group("PowerInfer")
     group.add_argument("--powerinfer", action="store_true", help="write a file that PowerInfer runs (PWRI)")
     group.add_argument(
@@ -197,8 +213,19 @@ def main(args: argparse.Namespace) -> int:
     for name in ("as_relu", "activation_stats", "vram_budget"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for PowerInfer files: add --powerinfer")
+    if args.base:
+        return _main_for_adapter(args, kind)
+    for name in ("rank", "name", "measured"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} is of an adapter to be written: add --base")
     model = convert(
-        args.source, args.target, kind, fold=args.fold, pure=args.pure, keep_predictors=not args.no_predictors
+        args.source,
+        args.target,
+        kind,
+        fold=args.fold,
+        pure=args.pure,
+        keep_predictors=not args.no_predictors,
+        adapter=args.adapter,
     )
     seconds = time.monotonic() - start
     act = model.config.activation
@@ -215,6 +242,8 @@ def main(args: argparse.Namespace) -> int:
 def _main_for_powerinfer(args: argparse.Namespace, kind: str | None) -> int:
     if args.no_predictors:
         raise ValueError("PowerInfer needs predictors: leave --no-predictors out")
+    if args.base or args.adapter:
+        raise ValueError("--base and --adapter do not go with --powerinfer: convert twice")
     from prosparse.formats.convert_powerinfer import convert_for_powerinfer
 
     start = time.monotonic()
@@ -232,9 +261,32 @@ def _main_for_powerinfer(args: argparse.Namespace, kind: str | None) -> int:
     return _report(args, size_bytes, time.monotonic() - start)
 
 
-def _report(args: argparse.Namespace, size_bytes: int, seconds: float) -> int:
+def _main_for_adapter(args: argparse.Namespace, kind: str | None) -> int:
+    if args.adapter or args.fold or args.pure:
+        raise ValueError("an adapter is written of a model as it is: leave --adapter, --fold and --pure out")
+    from prosparse.formats.convert_adapter import RANK, TYPE, ranks_of, read_measured, write_adapter
+
+    start = time.monotonic()
+    measured = read_measured(args.measured) if args.measured else None
+    made, kept, notes = write_adapter(
+        args.source,
+        args.target,
+        args.base,
+        ranks_of(args.rank or RANK),
+        kind or TYPE,
+        name=args.name,
+        measured=measured,
+    )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in kept.items())
+    print(f"kept of the squared difference: {shares}")
+    return _report(args, made.size_bytes, time.monotonic() - start, kept=kept)
+
+
+def _report(args: argparse.Namespace, size_bytes: int, seconds: float, **more: Any) -> int:
     print(f"{args.target}: {size_bytes / 1e6:.1f} MB of weights in {seconds:.1f} s")
     if args.json:
         result = {"target": str(args.target), "size_bytes": size_bytes, "seconds": round(seconds, 3)}
-        print(json.dumps(result))
+        print(json.dumps(result | more))
     return 0

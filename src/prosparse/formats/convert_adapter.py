@@ -1,0 +1,68 @@
+"""`prosparse convert --base`: what a tuned model adds to the one it was made from, as an adapter."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prosparse.formats import adapter as files
+from prosparse.formats.convert import provenance
+from prosparse.formats.open import open_model
+from prosparse.model.adapter import ATTENTION, FFN, Adapter, change, extract, kept
+
+RANK = "64"
+TYPE = "Q8_0"
+_ROUNDING = 0.01  # change of the embedding that is no news: F16, BF16 and Q8_0 stay below
+
+
+def write_adapter(
+    source: str | Path,
+    target: str | Path,
+    base: str | Path,
+    ranks: int | Mapping[str, int],
+    kind: str = TYPE,
+    *,
+    name: str | None = None,
+    measured: Mapping[str, Any] | None = None,
+) -> tuple[Adapter, dict[str, float], tuple[str, ...]]:
+    """Write the adapter that makes the model at `source` of the one at `base`, with factors of type `kind`.
+
+    Returns it, the share of the difference that it keeps by kind of matrix, and notes for users. `name` is
+    that of the model it makes (default: the source's); the licence is the base's.
+    """
+    target = Path(target)
+    if target.suffix != ".gguf":
+        raise ValueError(f"an adapter is one file: let {target} end in .gguf")
+    tuned, original = open_model(source), open_model(base)
+    made = replace(
+        extract(original, tuned, ranks),
+        name=name or tuned.name,
+        license=str(provenance(base).get("general.license", "")),
+        measured=dict(measured or {}),
+    )
+    made = files.with_types(made, kind)
+    files.write(target, made)
+    notes = []
+    if (left_out := change(original, tuned)) > _ROUNDING:
+        notes.append(f"embedding or head differ by {left_out:.1%} of their size: adapters leave them alone")
+    return made, kept(original, tuned, made), tuple(notes)
+
+
+def ranks_of(text: str) -> dict[str, int]:
+    """Of `R`, or `FFN:ATTENTION`, by kind of matrix."""
+    ffn, colon, attention = text.partition(":")
+    if not (ffn.isdecimal() and (attention if colon else ffn).isdecimal()):
+        raise ValueError(f"--rank is one number, or those of FFNs and attention as 80:32, not {text!r}")
+    return dict.fromkeys(FFN, int(ffn)) | dict.fromkeys(ATTENTION, int(attention or ffn))
+
+
+def read_measured(path: Path) -> dict[str, Any]:
+    """The JSON object of --measured."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return found
