@@ -11,11 +11,14 @@ next leg needs. What it measured is kept under `docs/runs/smollm2_135m`. Every c
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ORIGINAL = "demo-original"
 RESULTS = Path(__file__).parents[1] / "docs" / "runs" / "smollm2_135m"
@@ -132,8 +135,12 @@ def run_leg(args: argparse.Namespace) -> None:
     command += ["--micro", str(args.micro), "--compile", "--checkpoint-every", "400"]
     _run(*command, *leg.options.split(), *args.rest)
     results.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "training.json", "report.json"):
+    for name in ("metrics.jsonl", "report.json"):
         shutil.copy(run / name, results / name)
+    settings = (run / "training.json").read_text()
+    for place, called in ((args.data, "DATA"), (args.out, "RUNS"), (args.model, ORIGINAL)):
+        settings = settings.replace(str(place), called)
+    (results / "training.json").write_text(settings)
     _run(
         sys.executable,
         "-m",
@@ -153,6 +160,65 @@ def evaluate(args: argparse.Namespace) -> None:
     results.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "prosparse", "eval", "-m", model, "--data-dir", str(args.eval_data)]
     _run(*command, "--device", args.device, "--out", str(results / "eval.json"), *args.rest)
+
+
+def table(results: Path) -> str:
+    """Two tables in Markdown: losses on held-out text, and benchmarks."""
+    names = [name for name in LEGS if (results / name / "report.json").exists()]
+    reports = {name: json.loads((results / name / "report.json").read_text())["rows"] for name in names}
+    sources = [_short(row["source"]) for row in reports[names[0]]]
+    lines = [
+        "| held-out text | original | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 2) + "|",
+        "| tokens seen, M | - | " + " | ".join(f"{seen(name) / 1e6:.0f}" for name in names) + " |",
+    ]
+    for i, source in enumerate(sources):
+        gaps = [f"{_gap([reports[name][i]])}" for name in names]
+        lines.append(f"| {source} | {reports[names[0]][i]['original']:.3f} | " + " | ".join(gaps) + " |")
+    first = reports[names[0]]
+    whole = sum(row["tokens"] * row["original"] for row in first) / sum(row["tokens"] for row in first)
+    lines.append(f"| all | {whole:.3f} | " + " | ".join(_gap(reports[name]) for name in names) + " |")
+    return "\n".join([*lines, "", *_benchmarks(results)])
+
+
+def _benchmarks(results: Path) -> Iterator[str]:
+    found = {
+        name: json.loads((results / name / "eval.json").read_text())["tasks"]
+        for name in ("original", *LEGS)
+        if (results / name / "eval.json").exists()
+    }
+    tasks = list(found["original"])
+    yield "| model | " + " | ".join(tasks) + " | mean of tasks |"
+    yield "|---" * (len(tasks) + 2) + "|"
+    for name, of in found.items():
+        cells = [_cell(of[task]) if task in of else "-" for task in tasks]
+        scored = [of[task]["value"] for task in tasks if task in of and of[task]["metric"] != "ppl"]
+        yield f"| {name} | " + " | ".join(cells) + f" | {100 * sum(scored) / len(scored):.2f} |"
+
+
+def _cell(of: Mapping[str, Any]) -> str:
+    """A result, and the sparsity it was measured at."""
+    value = f"{of['value']:.2f}" if of["metric"] == "ppl" else f"{100 * of['value']:.2f}"
+    return f"{value} ({of['sparsity']:.1%})" if of["sparsity"] else value
+
+
+def _gap(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Sparse minus original in nats a token, and sparsity."""
+    tokens = sum(row["tokens"] for row in rows)
+    gap = sum(row["tokens"] * (row["sparse"] - row["original"]) for row in rows) / tokens
+    sparsity = sum(row["tokens"] * row["sparsity"] for row in rows) / tokens
+    return f"{gap:+.3f} ({sparsity:.1%})"
+
+
+def seen(name: str) -> float:
+    """Tokens that a leg's model has seen, those of the legs before it included."""
+    leg = LEGS[name]
+    return leg.tokens + (seen(leg.after) if leg.after else 0.0)
+
+
+def _short(source: str) -> str:
+    name = Path(source).name.split(".")[0]
+    return f"its own text, {name.split(', ')[1]}" if source.endswith("its own text") else name
 
 
 def _source(data: Path, name: str) -> Path:

@@ -1,10 +1,10 @@
-"""Runs that start where others ended: --from, with all weights or with adapters, and what they leave alone."""
+"""Runs that start where others ended, with all weights or with adapters."""
 
 import json
 
 import numpy as np
 import pytest
-from test_run import arguments, folders  # noqa: F401
+from command import arguments
 
 from prosparse import cli
 from prosparse.formats import open_model
@@ -14,7 +14,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture
-def leg(folders):  # noqa: F811
+def leg(folders):
     """One leg: its model, and its metrics."""
     for package in ("torch", "transformers"):
         pytest.importorskip(package)
@@ -28,7 +28,7 @@ def leg(folders):  # noqa: F811
     return run
 
 
-def test_a_leg_goes_on_where_the_last_one_stopped(leg, folders):  # noqa: F811
+def test_a_leg_goes_on_where_the_last_one_stopped(leg, folders):
     first, metrics = leg("first", "--target", "0.8", "--reach", "0.5", "--keep-embeddings", "--states", "0.5")
     original = open_model(folders / "tiny")
     np.testing.assert_array_equal(
@@ -47,12 +47,10 @@ def test_a_leg_goes_on_where_the_last_one_stopped(leg, folders):  # noqa: F811
     assert [line["wanted"] is None for line in metrics] == [True] + [False] * (len(metrics) - 1)
     assert metrics[-1]["sparsity"] == pytest.approx(0.85, abs=0.04)
     assert metrics[-1]["lr"] == metrics[20]["lr"] == 3e-3
-    assert not np.array_equal(
-        second.tensors[EMBEDDING].dequantize(), first.tensors[EMBEDDING].dequantize()
-    )
+    assert not np.array_equal(second.tensors[EMBEDDING].dequantize(), first.tensors[EMBEDDING].dequantize())
 
 
-def test_adapters_start_at_what_training_added(leg, folders):  # noqa: F811
+def test_adapters_start_at_what_training_added(leg, folders):
     pytest.importorskip("peft")
     leg("first", "--target", "0.8", "--keep-embeddings")
     first = str(folders / "first" / "model")
@@ -63,7 +61,8 @@ def test_adapters_start_at_what_training_added(leg, folders):  # noqa: F811
     assert metrics[0]["sparsity"] == pytest.approx(metrics_of_all[0]["sparsity"], abs=1e-3)
     assert adapted.config.activation.name == before.config.activation.name == "fatrelu"
     # of a low one the nearest there is
-    low, _ = leg("low", "--from", first, "--target", "0.8", "--lora", "8:2", "--tokens", "128", "--lr", "1e-9")
+    options = ["--target", "0.8", "--lora", "8:2", "--tokens", "128", "--lr", "1e-9"]
+    low, _ = leg("low", "--from", first, *options)
     original = open_model(folders / "tiny")
     low, _ = unfold_thresholds(low, original)
     trained, _ = unfold_thresholds(open_model(first), original)
@@ -86,10 +85,10 @@ def test_the_papers_path_for_any_model(leg):
     assert metrics[-1]["lambda"] == pytest.approx(0.5)
 
 
-def test_stores_are_sources(leg, folders, capsys):  # noqa: F811
+def test_stores_are_sources(leg, folders, capsys):
     _, metrics = leg("text")
     (store,) = (folders / "text" / "tokens").iterdir()
-    once_more, again = leg("store", "--data", str(store))
+    _, again = leg("store", "--data", str(store))
     # the text twice: by weight of two equal sources
     assert again[0]["tokens"] == metrics[0]["tokens"]
     meta = json.loads((store / "meta.json").read_text())
@@ -113,13 +112,13 @@ def test_stores_are_sources(leg, folders, capsys):  # noqa: F811
         (["--states", "-1"], "must not be negative"),
     ],
 )
-def test_wrong_legs(folders, capsys, options, message):  # noqa: F811
+def test_wrong_legs(folders, capsys, options, message):
     pytest.importorskip("torch")
     assert cli.main(arguments(folders, *options)) == 2
     assert message in capsys.readouterr().err
 
 
-def test_another_models_leg_is_refused(folders, tiny_model, capsys):  # noqa: F811
+def test_another_models_leg_is_refused(folders, tiny_model, capsys):
     pytest.importorskip("torch")
     from prosparse.formats.hf import write_folder
 

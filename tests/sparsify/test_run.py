@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from command import arguments
 
 from prosparse import cli
 from prosparse.formats import open_model
-from prosparse.formats.hf import write_folder
 
 CARD = """\
 stage       lambda     steps  tokens, billions
@@ -28,21 +28,6 @@ def test_the_stage_table_of_the_card(capsys):
     chart = out.removeprefix(CARD).splitlines()
     assert chart[1].split("│")[0].strip() == "0.05"
     assert chart[-1].endswith("101,000")
-
-
-@pytest.fixture
-def folders(tmp_path, tiny_model):
-    write_folder(tmp_path / "tiny", tiny_model(intermediate=256), "F32")
-    rows = [{"text": "the quick brown fox jumps over the lazy dog " * 5}] * 40
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def arguments(folders, *more: str) -> list[str]:
-    options = {"-m": folders / "tiny", "--data": folders / "data.jsonl", "--out": folders / "out"}
-    sizes = ["--context", "32", "--batch-tokens", "128", "--tokens", "10240", "--micro", "4", "--lr", "3e-3"]
-    flat = [str(part) for pair in options.items() for part in pair]
-    return ["sparsify", *flat, *sizes, "--device", "cpu", "--workers", "1", "--json", *more]
 
 
 def test_from_text_to_a_sparse_model(folders, capsys):

@@ -31,7 +31,13 @@ _CHUNK = 1024  # tokens whose logits exist at a time: 0.2 GB with a vocabulary o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`-m --data --tokens --context --out --micro --device --json`."""
     add = parser.add_argument
-    add("-m", "--model", metavar="M", required=True, help="GGUF file, HF folder, Hub id (org/name), or demo")
+    add(
+        "-m",
+        "--model",
+        metavar="M",
+        required=True,
+        help="GGUF file, HF folder, Hub id (org/name), demo or demo-original",
+    )
     add(
         "--data",
         action="append",

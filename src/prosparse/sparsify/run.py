@@ -27,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(group: Any) -> None:
     add = group.add_argument
-    add("-m", "--model", metavar="M", help="GGUF file, Hugging Face folder, Hub id (org/name), or demo")
+    add(
+        "-m",
+        "--model",
+        metavar="M",
+        help="GGUF file, Hugging Face folder, Hub id (org/name), demo or demo-original",
+    )
     add("--from", dest="start", metavar="M", help="the model to start with, where it is not the original")
     add(
         "--data",
