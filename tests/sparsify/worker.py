@@ -1,6 +1,6 @@
 """One process of a training run, for tests that start several or kill them.
 
-torchrun ... worker.py FOLDER STOP MICRO [LORA_RANK]
+torchrun ... worker.py FOLDER STOP MICRO LORA_RANK OPTIMIZER
 """
 
 import contextlib
@@ -25,7 +25,13 @@ CONTEXT = 32
 
 
 def trainer(
-    folder: Path, micro: int, rank: int = 0, *, steps: int = 20, checkpoint_every: int = 5
+    folder: Path,
+    micro: int,
+    rank: int = 0,
+    optimizer: str = "adamw",
+    *,
+    steps: int = 20,
+    checkpoint_every: int = 5,
 ) -> Trainer:
     """A run of `steps` steps of 4 sequences on the alphabet."""
     world, place = distributed.join("cpu")
@@ -47,15 +53,16 @@ def trainer(
         learning_rate=LearningRate("constant", 3e-3, steps),
         control=TargetControl(0.8, start=0.2, end=0.8),
         checkpoint_every=checkpoint_every,
+        optimizer=optimizer,
     )
     teacher = hf_model.load(original, device=place)
     return Trainer(student, teacher, [Feed(mixture, 4, steps)], config, folder, world)
 
 
-def main(folder: Path, stop: int, micro: int, rank: int = 0) -> None:
+def main(folder: Path, stop: int, micro: int, rank: int, optimizer: str) -> None:
     """Runs, up to step `stop` if that is not 0; then the weights that came out are written."""
     torch.set_num_threads(1)
-    run = trainer(folder, micro, rank)
+    run = trainer(folder, micro, rank, optimizer)
 
     class Stopped(Exception):
         pass
@@ -74,4 +81,5 @@ def main(folder: Path, stop: int, micro: int, rank: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    folder, stop, micro, rank, optimizer = sys.argv[1:]
+    main(Path(folder), int(stop), int(micro), int(rank), optimizer)

@@ -46,6 +46,12 @@ class Trunk(nn.Module):
         return weight
 
     @property
+    def embedding(self) -> nn.Parameter:
+        """[vocab, d]"""
+        weight: nn.Parameter = self.model.get_input_embeddings().weight
+        return weight
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, each of which holds one of `mlps`."""
         inside = {id(mlp) for mlp in self.mlps}

@@ -61,6 +61,7 @@ def _add_method(group: Any) -> None:
     add = group.add_argument
     add("--dry-run", action="store_true", help="print the stages of --preset and stop")
     add("--reach", type=float, metavar="X", help="share of training after which --target stands [0.75]")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns faster [adamw]")
     add("--lr", type=float, metavar="X", help="peak learning rate [5e-4, 1e-3 with --lora, or the preset's]")
     add("--lr-floor", type=float, default=0.1, metavar="X", help="share of it that the last step has [0.1]")
     add("--distil", type=float, default=1.0, metavar="X", help="weight of the KL to the original [1]")

@@ -85,6 +85,7 @@ def train_config(
         learning_rate=rate,
         mix=LossMix(args.next_token, args.distil, args.temperature, args.top_k, args.states),
         schedule=schedule,
+        optimizer=args.optimizer,
         matrix_rate=preset.matrix_rate if preset else 1.0,
         control=control,
         document_mask=args.document_mask,

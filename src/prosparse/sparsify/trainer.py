@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from prosparse.sparsify.controller import TargetControl
 from prosparse.sparsify.distributed import World, full, shard
 from prosparse.sparsify.hf_model import Trunk
 from prosparse.sparsify.losses import LossMix, Teacher, head_loss, states_loss
+from prosparse.sparsify.muon import Muon
 from prosparse.sparsify.regularizer import Norm, concentration, l1
 from prosparse.sparsify.schedule import LambdaSchedule, LearningRate
 
@@ -40,6 +41,7 @@ class TrainConfig:
     l1_norm: Norm = "mean"
     control: TargetControl | None = None
     concentration: float = 0.1  # weight of that regulariser, under control
+    optimizer: Literal["adamw", "muon"] = "adamw"
     matrix_rate: float = 1.0  # matrices multiply the learning rate by it (muP)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -55,6 +57,8 @@ class TrainConfig:
         for name in ("steps", "micro_sequences", "checkpoint_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"the optimizer is adamw or muon, not {self.optimizer!r}")
         if self.schedule and self.control:
             raise ValueError("give a schedule of lambda or a target, not both")
 
@@ -100,7 +104,7 @@ class Trainer:
         self._natural = np.zeros(self._layers + 1)
         self._prepare()
         self._trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self._optimizer = self._new_optimizer()
+        self._optimizers = self._new_optimizers()
         with_concentration = bool(config.control and config.concentration)
         self._measures = [_Measure(config.l1_norm, with_concentration) for _ in student.mlps]
         for mlp, measure in zip(student.mlps, self._measures, strict=True):
@@ -153,26 +157,37 @@ class Trainer:
             if trunk is not None and self.world.sharded:
                 shard(trunk, config.bfloat16)
 
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        config, trained = self.config, self._trained.values()
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in trained if p.ndim == 2], "scale": config.matrix_rate},
-                {"params": [p for p in trained if p.ndim != 2], "scale": 1.0},
-            ],
-            lr=0.0,  # set before every step
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
+    def _new_optimizers(self) -> list[torch.optim.Optimizer]:
+        config, trained = self.config, list(self._trained.values())
+        ends = {id(self.student.head), id(self.student.embedding)}  # of a word, not of a direction: AdamW's
+        muon = [p for p in trained if config.optimizer == "muon" and p.ndim == 2 and id(p) not in ends]
+        others = [p for p in trained if all(p is not other for other in muon)]
+        optimizers: list[torch.optim.Optimizer] = []
+        if muon:
+            optimizers.append(Muon([{"params": muon, "scale": config.matrix_rate}], lr=0.0))
+        groups = [
+            {"params": [p for p in others if p.ndim == 2], "scale": config.matrix_rate},
+            {"params": [p for p in others if p.ndim != 2], "scale": 1.0},
+        ]
+        optimizers.append(
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=0.0,  # set before every step
+                betas=config.betas,
+                weight_decay=config.weight_decay,
+                fused=self.device.type == "cuda",
+            )
         )
-        # a step that changes nothing makes its state, which a checkpoint then has a place to go to
+        # a step that changes nothing makes their state, which a checkpoint then has a place to go to
         for p in trained:
             p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for state in optimizer.state.values():
-            state["step"].zero_()
-        return optimizer
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for state in optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+        return optimizers
 
     def _feed_at(self, step: int) -> tuple[Feed, int]:
         """What step `step` reads, and the number of steps before the first that reads it."""
@@ -206,8 +221,9 @@ class Trainer:
         step = self.step
         rate = config.learning_rate.at(step)
         factor = config.schedule.at(step) if config.schedule else 0.0
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
         feed, _ = self._feed_at(step)
         parts = feed.sequences // config.micro_sequences // self.world.size
         measured = torch.zeros(4 + self._layers, device=self.device)
@@ -223,9 +239,10 @@ class Trainer:
         self._lesson = None if coming is None else self._taught(coming)
         loss, next_token, kl, states, *sparsity, norm = numbers.read()
         taken = math.isfinite(loss) and math.isfinite(norm)
-        if taken:
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            if taken:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self._count_bad(taken, loss)
         layers = np.array(sparsity)
         wanted = self._steer(1 - layers) if taken else None
@@ -327,8 +344,9 @@ class Trainer:
         }
         for name, parameter in self._trained.items():
             state[f"model.{name}"] = parameter.detach()
-            for key, value in self._optimizer.state[parameter].items():
-                state[f"optimizer.{name}.{key}"] = value
+            for optimizer in self._optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    state[f"optimizer.{name}.{key}"] = value
         return state
 
     def _resume(self) -> None:
