@@ -41,7 +41,7 @@ def alternate(workers: Mapping[str, W], work: Callable[[W], T], rounds: int) -> 
     """`work` on every worker in turn, `rounds` times; the starting worker changes each round."""
     turns: dict[str, Turns[T]] = {name: Turns() for name in workers}
     names = list(workers)
-    pids = [os.getpid(), *(worker.pid for worker in workers.values())]
+    pids = {os.getpid(), *(worker.pid for worker in workers.values())}
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
@@ -77,12 +77,12 @@ def _busy_seconds() -> float:
 
 
 def _own_seconds(pids: Iterable[int]) -> float:
-    """CPU seconds of these processes so far, all threads."""
+    """CPU seconds of these processes so far, all threads, and of the programs that they ran."""
     total = 0
     for pid in pids:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])  # utime, stime
+        total += sum(map(int, fields[11:15]))  # utime, stime, and those of children that have ended
     return total / TICKS
 
 
