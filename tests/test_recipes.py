@@ -1,6 +1,9 @@
 """Recipes run from beginning to end as they are documented."""
 
+import argparse
+import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +39,44 @@ def test_tiny_cpu_leaves_a_folder_alone(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2 and "exists" in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def smollm2():
+    spec = importlib.util.spec_from_file_location("smollm2_135m", RECIPES / "smollm2_135m.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_legs_are_runs_of_sparsify(smollm2):
+    """Their options are known, and each starts with what an earlier one leaves."""
+    from prosparse.sparsify import run
+
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    before: set[str | None] = {None}
+    for name, leg in smollm2.LEGS.items():
+        args = parser.parse_args(leg.options.split())
+        assert args.keep_embeddings or args.lora, name  # the adapter leaves them alone
+        assert leg.after in before
+        before.add(name)
+
+
+def test_the_table_comes_from_saved_results(smollm2):
+    text = smollm2.table(smollm2.RESULTS)
+    losses, benchmarks = (part.splitlines() for part in text.split("\n\n"))
+    reports = {name: smollm2.RESULTS / name / "report.json" for name in smollm2.LEGS}
+    rows = {name: json.loads(path.read_text())["rows"] for name, path in reports.items()}
+    assert losses[0] == "| held-out text | original | " + " | ".join(smollm2.LEGS) + " |"
+    assert len(losses) == 3 + len(rows["90"]) + 1
+    row = rows["90"][2]
+    cell = next(line for line in losses if line.startswith("| openstax")).split(" | ")
+    assert cell[2 + list(smollm2.LEGS).index("90")].startswith(f"{row['sparse'] - row['original']:+.3f}")
+    assert [line.split(" | ")[0] for line in benchmarks[2:4]] == ["| original", "| 90"]
+    tasks = json.loads((smollm2.RESULTS / "90" / "eval.json").read_text())["tasks"]
+    assert f"{100 * tasks['lambada']['value']:.2f}" in benchmarks[3]
+    mean = statistics.mean(task["value"] for name, task in tasks.items() if name != "wikitext2")
+    assert benchmarks[3].endswith(f"| {100 * mean:.2f} |")

@@ -39,7 +39,7 @@ class Point:
     counts: tuple[Counts, ...]  # by layer
     loss: float | None
     ffn_bytes: float  # a token: predictor, gates of candidates, up and down of the active among them
-    ffn_bytes_all: float  # the same with up and down of all candidates, as PowerInfer reads
+    ffn_bytes_all: float  # the same with up and down of all candidates
 
     @property
     def recall(self) -> float:
