@@ -4,14 +4,14 @@
 
 Writes benchmarks/results/cpu_decode_<machine>_<yyyymm>.json, a plot and a Markdown table beside it. Needs the
 bench extra and 15 GB of memory for the largest cases; CONTRIBUTING.md says how the numbers are taken.
-llama.cpp runs these files with Swish, the only activation it has for them: same work, other text.
+llama.cpp runs these files with Swish, the only activation it has for them: same work, other text. Beside the
+built-in sparse model, `demo`, it runs the original at the same type.
 """
 
 import argparse
 import contextlib
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ from prosparse.model.tokenizer import Tokenizer
 
 COMMAND = "python -m benchmarks.cpu_decode"
 RESULTS = Path(__file__).resolve().parent / "results"
-SHAPES = ("smollm2", "sparse", "1b", "7b")
+SHAPES = ("smollm2", "demo", "1b", "7b")
 PREFILL = 128  # tokens
 TORCH_SHAPES = ("smollm2", "1b")  # bfloat16 copies of larger ones do not fit beside the other systems
 SMOLLM2_TYPES = ("q8_0", "q4_0", "f16")
@@ -48,6 +48,7 @@ class Case:
     sparsity: float | None  # wanted share of inactive neurons; None: the file's own activation
     activation: dict[str, Any]  # overrides for `prosparse.load`
     torch: bool
+    original: Path | None = None  # what llama.cpp runs instead: the model before it was made sparse
 
     def tokens(self, n: int) -> list[int]:
         """Ids to feed. Real text for real models: on random ids they would not be sparse in the same way."""
@@ -66,11 +67,9 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 yield Case(name, "q4_1", find("demo-original"), None, {}, torch=True)
                 for type in (type for type in args.types if type in SMOLLM2_TYPES):
                     yield Case(name, type, converted_demo(type), None, {}, torch=False)
-            case "sparse":
-                if path := sparse_file():
-                    yield Case(name, "q5_1", path, None, {}, torch=False)
-                else:
-                    print("the sparse reference model is not here, skipped (set PROSPARSE_SHARED)")
+            case "demo":
+                original = converted_demo("q8_0")
+                yield Case(name, "q8_0", find("demo"), None, {}, torch=False, original=original)
             case _:
                 shape = shapes.minicpm_1b() if name == "1b" else shapes.llama_7b(args.layers_7b)
                 for type in args.types:
@@ -90,20 +89,16 @@ def converted_demo(type: str) -> Path:
     return path
 
 
-def sparse_file() -> Path | None:
-    """The sparse reference model, or None."""
-    shared = Path(os.environ.get("PROSPARSE_SHARED", shapes.CACHE.parent.parent / "shared"))
-    path = shared / "models" / "smollm2-135m-relu90-q5_1.gguf"
-    return path if path.exists() else None
-
-
 def start(case: Case, args: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, Process]:
     """The case's systems by name, each loaded in a process that `stack` ends."""
 
-    def process(runner: type, **arguments: Any) -> Process:
-        return stack.enter_context(Process(runner, path=case.path, n_threads=args.threads[0], **arguments))
+    def process(runner: type, path: Path = case.path, **arguments: Any) -> Process:
+        return stack.enter_context(Process(runner, path=path, n_threads=args.threads[0], **arguments))
 
-    systems = {"llama.cpp": process(LlamaCpp), "dense": process(Prosparse, mode="dense", **case.activation)}
+    systems = {
+        "llama.cpp": process(LlamaCpp, case.original or case.path),
+        "dense": process(Prosparse, mode="dense", **case.activation),
+    }
     if case.shape != "smollm2":
         systems["exact"] = process(Prosparse, mode="exact", **case.activation)
     if case.torch and args.torch:

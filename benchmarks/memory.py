@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.cpu_decode import RESULTS, sparse_file
+from benchmarks.cpu_decode import RESULTS
 from prosparse.formats import open_model
 from prosparse.formats.open import find
 from prosparse.model.config import ModelConfig
@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = 2 if args.quick else args.runs
 
-    models = args.model or [path for path in (find("demo-original"), sparse_file()) if path]
+    models = args.model or [find("demo-original"), find("demo")]
     rows = [measure_model(path, runs) for path in models]
     for row in rows:
         print(

@@ -81,6 +81,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 SUMMARY = (
     ("smollm2", "q8_0", None),
     ("sparse", "q5_1", None),
+    ("demo", "q8_0", None),
     ("1b", "q8_0", 0.88),
     ("1b", "q4_0", 0.88),
     ("1b", "bf16", 0.88),
@@ -90,6 +91,7 @@ SUMMARY = (
 TITLES = {
     "smollm2": "SmolLM2-135M",
     "sparse": "SmolLM2-135M, ReLU-sparse",
+    "demo": "SmolLM2-135M, sparse (`-m demo`)",
     "1b": "MiniCPM-1B shape",
     "7b": "LLaMA2-7B shape, 8 layers",
 }

@@ -9,6 +9,9 @@ extern const Kernels kernels_generic;
 #ifdef PROSPARSE_HAS_avx2
 extern const Kernels kernels_avx2;
 #endif
+#ifdef PROSPARSE_HAS_avx512vnni
+extern const Kernels kernels_avx512vnni;
+#endif
 #ifdef PROSPARSE_HAS_avx512
 extern const Kernels kernels_avx512;
 #endif
@@ -22,11 +25,15 @@ std::vector<const Kernels*> usable_kernels() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         usable.push_back(&kernels_avx2);
 #endif
-#ifdef PROSPARSE_HAS_avx512
+#ifdef PROSPARSE_HAS_avx512vnni
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        usable.push_back(&kernels_avx512);
+        __builtin_cpu_supports("avx512vnni")) {
+        usable.push_back(&kernels_avx512vnni);
+#ifdef PROSPARSE_HAS_avx512
+        if (__builtin_cpu_supports("avx512bf16")) usable.push_back(&kernels_avx512);
+#endif
+    }
 #endif
 #ifdef PROSPARSE_HAS_neon
     usable.push_back(&kernels_neon);

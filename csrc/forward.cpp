@@ -18,6 +18,13 @@ int items_for(size_t bytes, int n_threads) {
     return int(std::clamp<size_t>(by_size, 1, n_threads == 1 ? 1 : size_t(n_threads) * 6));
 }
 
+// The item that the k-th claim of a job means: threads that claim in turns then read one stream each, so that
+// what a core requests ahead at an item's end is what it wants next.
+int in_stream(int k, int items, int n_threads) {
+    const int t = k % n_threads, each = items / n_threads, longer = items % n_threads;
+    return t * each + std::min(t, longer) + k / n_threads;
+}
+
 // Skipping pays while active neurons, read and computed one by one, cost less than all of them in one stream.
 constexpr double kDenseAbove = 0.40;
 constexpr int kDenseTokens = 16;  // in a row, before the layout is given up
@@ -35,7 +42,8 @@ uint64_t Model::project(std::initializer_list<Part> parts, const Acts& x, float 
     size_t bytes = 0;
     for (const Part& p : parts) rows += p.w->rows, bytes += p.w->stride * size_t(p.w->rows);
     const int items = items_for(bytes, n_threads());
-    pool_->run(items, [&](int item, int) {
+    pool_->run(items, [&](int k, int) {
+        const int item = in_stream(k, items, n_threads());
         int first = int(int64_t(rows) * item / items), last = int(int64_t(rows) * (item + 1) / items);
         for (const Part& p : parts) {
             const int r0 = std::max(first, 0), r1 = std::min(last, p.w->rows);
@@ -118,7 +126,8 @@ void Model::ffn_dense(Layer& l) {
     const int step = 64, blocks = (ff + step - 1) / step;  // whole quantisation chunks
     const int items = std::min(blocks, items_for(bytes, n_threads()));
     std::vector<uint64_t>& active = w.active;
-    pool_->run(items, [&](int item, int) {
+    pool_->run(items, [&](int k, int) {
+        const int item = in_stream(k, items, n_threads());
         const int j0 = int(int64_t(blocks) * item / items) * step;
         const int j1 = std::min(ff, int(int64_t(blocks) * (item + 1) / items) * step);
         float* h = w.hidden.acts.f + j0;
@@ -182,7 +191,8 @@ void Model::ffn_exact(Layer& l) {
     const Neurons& n = l.neurons;
     const int groups = (n.count + kGroup - 1) / kGroup, width = round_up(n.width, 64);
     const int segments = std::min(kSegments, groups);
-    pool_->run(segments, [&](int s, int) {
+    pool_->run(segments, [&](int k, int) {
+        const int s = in_stream(k, segments, n_threads());
         w.active[size_t(s)] = ffn_segment(n, l.gate, groups * s / segments, groups * (s + 1) / segments,
                                           &w.partial[size_t(s) * size_t(width)]);
     });

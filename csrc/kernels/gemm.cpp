@@ -12,11 +12,14 @@ namespace PS_NS {
 const int kPanel = kNR;
 const int kTokenTile = kMR;
 
-#if defined(PS_AVX512)
+#if defined(PS_BF16)
 constexpr bool use_bf16(Type t) { return t == Type::bf16; }
-constexpr bool use_int8(Type t) { return quantized(t); }
 #else
 constexpr bool use_bf16(Type) { return false; }
+#endif
+#if defined(PS_AVX512)
+constexpr bool use_int8(Type t) { return quantized(t); }
+#else
 constexpr bool use_int8(Type) { return false; }
 #endif
 
@@ -70,7 +73,7 @@ static inline void micro_f32(const float* a, int lda, const float* tile, int kb,
         [&](auto i) { unroll<3>([&](auto v) { store(c + size_t(i) * size_t(ldc) + v * W, acc[i][v]); }); });
 }
 
-#if defined(PS_AVX512)
+#if defined(PS_BF16)
 static inline void micro_bf16(const uint16_t* a, int lda, const uint32_t* tile, int pairs, float* c, int ldc,
                               bool first) {
     __m512 acc[kMR][3];
@@ -102,7 +105,7 @@ static void multiply_tile(const void* a, int m, int k, int k0, int kb, const voi
     for (int i = 0; i < m; i += kMR) {
         const size_t at = size_t(i) * size_t(kp) + size_t(k0);
         float* out = c + size_t(i) * size_t(ldc);
-#if defined(PS_AVX512)
+#if defined(PS_BF16)
         if (bf16) {
             micro_bf16((const uint16_t*)a + at, kp, (const uint32_t*)tile, (kb + 1) / 2, out, ldc, k0 == 0);
             continue;
@@ -141,7 +144,7 @@ static void fetch_tile(const Matrix* w, int n0, int k0, int kb, void* tile) {
                 }
             };
             vf r[W];
-#if defined(PS_AVX512)
+#if defined(PS_BF16)
             if constexpr (use_bf16(T)) {
                 vf s[W];
                 load_square(k0 + k, r);
@@ -190,7 +193,7 @@ static inline vf neuron_columns(const Neurons* w, int j, int c) {
 template <Type T>
 static void fetch_neurons(const Neurons* w, int c0, int j0, int kb, void* tile) {
     for (int v = 0; v < kNR; v += W) {
-#if defined(PS_AVX512)
+#if defined(PS_BF16)
         if constexpr (use_bf16(T)) {  // pairs of neurons side by side in each column
             for (int j = 0; j < kb; j += 2) {
                 const vf x = neuron_columns<T>(w, j0 + j, c0 + v),

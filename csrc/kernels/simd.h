@@ -15,8 +15,11 @@
 #define PS_CAT(a, b) PS_CAT_(a, b)
 #define PS_NS PS_CAT(isa_, PROSPARSE_ISA)
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define PS_AVX512 1
+#if defined(__AVX512BF16__)
+#define PS_BF16 1
+#endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define PS_AVX2 1
 #endif
