@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="of small files")
     parser.add_argument("--seed", type=int, default=0, help="of self: 0 writes self_0")
     parser.add_argument("--micro", type=int, default=64, help="sequences at a time")
+    parser.add_argument("--gpus", type=int, help="of a leg, where it is not run as recorded")
     parser.add_argument("--device", default="cuda", help="[cuda]")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the tokens, to try a leg out")
     parser.add_argument("rest", nargs="*", help="after --: more options of the leg's sparsify")
@@ -124,8 +125,8 @@ def run_leg(args: argparse.Namespace) -> None:
     """Trains, keeps what was measured, and writes the model as the next leg wants it."""
     leg, run, results = LEGS[args.name], args.out / args.name, args.results / args.name
     command = [sys.executable, "-m"]
-    if leg.gpus > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={leg.gpus}", "-m"]
+    if (gpus := args.gpus or leg.gpus) > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
     command += ["prosparse", "sparsify", "-m", args.model, "--out", str(run), "--device", args.device]
     if leg.after:
         command += ["--from", str(args.out / f"{leg.after}.gguf")]

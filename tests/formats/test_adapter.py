@@ -315,8 +315,8 @@ def test_merged_into_a_folder(base, tuned, path, tmp_path):
     ("options", "message"),
     [
         (["--rank", "3"], "--rank is of an adapter to be written: add --base"),
-        (["--base", "BASE", "--rank", "many"], "--rank is one number"),
-        (["--base", "BASE", "--rank", "8:"], "--rank is one number"),
+        (["--base", "BASE", "--rank", "many"], "ranks are a number"),
+        (["--base", "BASE", "--rank", "8:"], "ranks are a number"),
         (["--base", "BASE", "--fold"], "leave --adapter, --fold and --pure out"),
         (["--base", "BASE", "--measured", "BASE"], "not valid JSON"),
         (["--base", "BASE", "--powerinfer"], "do not go with --powerinfer"),

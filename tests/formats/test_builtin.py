@@ -149,7 +149,5 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 def test_the_adapter_that_is_shipped(smollm2_path):
-    if not builtin.ADAPTER.is_file():
-        pytest.skip(f"{builtin.ADAPTER.name} is not in this checkout")
     assert builtin.ADAPTER.stat().st_size <= 20e6
     assert apply(open_model(smollm2_path), files.read(builtin.ADAPTER)).config.activation.sparse

@@ -139,3 +139,22 @@ def test_thresholds_unfold(tiny_model):
             folded.tensors[name] = folded.tensors[EMBEDDING]
     with pytest.raises(ValueError):
         unfold_thresholds(folded, model)
+
+
+def test_thresholds_are_never_dropped(folders, tiny_model, capsys):
+    """A FATReLU model trained on as ReLU would be another model."""
+    pytest.importorskip("torch")
+    from dataclasses import replace
+
+    from prosparse.formats.hf import write_folder
+    from prosparse.model.activation import Activation
+
+    for name, way, message in (
+        ("fatrelu", ["--l1", "1e-3"], "only --target"),
+        ("shiftrelu", [], "takes fatrelu and relu"),
+    ):
+        model = tiny_model(intermediate=256)
+        model = replace(model, config=replace(model.config, activation=Activation(name, 0.1)))
+        write_folder(folders / name, model, "F32")
+        assert cli.main(arguments(folders, "--from", str(folders / name), *way)) == 2
+        assert message in capsys.readouterr().err

@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from prosparse.model.activation import Activation
+from prosparse.model.adapter import parse_ranks
 from prosparse.sparsify import distributed, hf_model, lora
 from prosparse.sparsify.batches import Mixture
 from prosparse.sparsify.controller import TargetControl
@@ -46,7 +47,7 @@ def trainer(
     student = hf_model.load(sparse, device=place)
     if rank:
         torch.manual_seed(0)
-        lora.add(student, lora.Ranks(rank, rank))
+        lora.add(student, parse_ranks(str(rank)))
     config = TrainConfig(
         steps=steps,
         micro_sequences=micro,

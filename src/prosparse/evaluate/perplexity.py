@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from prosparse import options
+from prosparse.evaluate.scoring import mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +107,6 @@ def perplexity(
         losses += (-llm.logprobs(chunk, start=ctx // 2)).tolist()
         if progress:
             progress(i + 1, n_chunks, math.exp(math.fsum(losses) / len(losses)))
-    nll = math.fsum(losses) / len(losses)
-    variance = math.fsum((loss - nll) ** 2 for loss in losses) / (len(losses) - 1) if len(losses) > 1 else 0.0
+    nll, stderr = mean(losses)
     ppl = math.exp(nll)
-    return Perplexity(ppl, ppl * math.sqrt(variance / len(losses)), nll, len(losses), n_chunks, ctx)
+    return Perplexity(ppl, ppl * stderr, nll, len(losses), n_chunks, ctx)

@@ -19,7 +19,7 @@ from prosparse.formats.hf import write_folder
 from prosparse.formats.open import find, interleave, open_model
 from prosparse.formats.quants import NATIVE, with_type
 from prosparse.model import names
-from prosparse.model.adapter import apply
+from prosparse.model.adapter import apply, parse_ranks
 from prosparse.model.config import ModelConfig
 from prosparse.model.fold import fold_scales
 from prosparse.model.model import BLOCKS, Model, Tensor
@@ -264,7 +264,7 @@ def _main_for_powerinfer(args: argparse.Namespace, kind: str | None) -> int:
 def _main_for_adapter(args: argparse.Namespace, kind: str | None) -> int:
     if args.adapter or args.fold or args.pure:
         raise ValueError("an adapter is written of a model as it is: leave --adapter, --fold and --pure out")
-    from prosparse.formats.convert_adapter import RANK, TYPE, ranks_of, read_measured, write_adapter
+    from prosparse.formats.convert_adapter import RANK, TYPE, read_measured, write_adapter
 
     start = time.monotonic()
     measured = read_measured(args.measured) if args.measured else None
@@ -272,7 +272,7 @@ def _main_for_adapter(args: argparse.Namespace, kind: str | None) -> int:
         args.source,
         args.target,
         args.base,
-        ranks_of(args.rank or RANK),
+        parse_ranks(args.rank or RANK),
         kind or TYPE,
         name=args.name,
         measured=measured,

@@ -9,7 +9,7 @@ from typing import Any
 from prosparse.formats import adapter as files
 from prosparse.formats.convert import provenance
 from prosparse.formats.open import open_model
-from prosparse.model.adapter import ATTENTION, FFN, Adapter, change, extract, kept
+from prosparse.model.adapter import Adapter, change, extract, kept
 
 RANK = "64"
 TYPE = "Q8_0"
@@ -47,14 +47,6 @@ def write_adapter(
     if (left_out := change(original, tuned)) > _ROUNDING:
         notes.append(f"embedding or head differ by {left_out:.1%} of their size: adapters leave them alone")
     return made, kept(original, tuned, made), tuple(notes)
-
-
-def ranks_of(text: str) -> dict[str, int]:
-    """Of `R`, or `FFN:ATTENTION`, by kind of matrix."""
-    ffn, colon, attention = text.partition(":")
-    if not (ffn.isdecimal() and (attention if colon else ffn).isdecimal()):
-        raise ValueError(f"--rank is one number, or those of FFNs and attention as 80:32, not {text!r}")
-    return dict.fromkeys(FFN, int(ffn)) | dict.fromkeys(ATTENTION, int(attention or ffn))
 
 
 def read_measured(path: Path) -> dict[str, Any]:

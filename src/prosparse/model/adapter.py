@@ -140,6 +140,17 @@ def extract(base: Model, tuned: Model, ranks: int | Mapping[str, int]) -> Adapte
     return Adapter(fingerprint(base.tensors), tuned.config.activation, matrices, vectors, tuned.name)
 
 
+def parse_ranks(text: str) -> dict[str, int]:
+    """By kind of matrix, of `R` or `FFN:ATTENTION`."""
+    ffn, colon, attention = text.partition(":")
+    numbers = [ffn, attention if colon else ffn]
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise ValueError(
+            f"ranks are a number of at least 1, or two, of FFNs and attention, as 80:32, not {text!r}"
+        )
+    return dict.fromkeys(FFN, int(numbers[0])) | dict.fromkeys(ATTENTION, int(numbers[1]))
+
+
 def kind_of(name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` -> `up_proj`."""
     return name.split(".")[-2]

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) on all linear layers, through `peft`."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,39 +12,13 @@ from prosparse.model.names import less_one_in_hf
 if TYPE_CHECKING:
     from prosparse.sparsify.hf_model import Trunk
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FFN = ("gate_proj", "up_proj", "down_proj")
 _NAME = "default"
 _OVERSAMPLED = 32  # columns beyond the rank, which make the random projection's singular vectors exact enough
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """Of the adapters of FFNs and of attention."""
-
-    ffn: int
-    attention: int
-
-    def __post_init__(self) -> None:
-        if min(self.ffn, self.attention) < 1:
-            raise ValueError(f"the rank of adapters must be at least 1, not {min(self.ffn, self.attention)}")
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """`R`, or `FFN:ATTENTION`."""
-        ffn, _, attention = text.partition(":")
-        try:
-            return cls(int(ffn), int(attention or ffn))
-        except ValueError as error:
-            if "invalid literal" not in str(error):
-                raise
-            raise ValueError(
-                f"--lora is a rank, or those of FFNs and attention as 80:32, not {text!r}"
-            ) from None
-
-
-def add(trunk: "Trunk", ranks: Ranks) -> int:
-    """Puts adapters into every projection, in place; the number of parameters that then train.
+def add(trunk: "Trunk", ranks: Mapping[str, int]) -> int:
+    """Puts adapters into every projection, in place, of the rank of its kind (`q_proj`, ...); the number of
+    parameters that then train.
 
     Adapters and vectors (norms, biases) train, matrices do not. An adapter's product counts twice.
     """
@@ -53,11 +27,9 @@ def add(trunk: "Trunk", ranks: Ranks) -> int:
     except ImportError:
         raise ValueError("adapters need the package peft: pip install 'prosparse[train]'") from None
     config = LoraConfig(
-        r=ranks.ffn,
-        lora_alpha=2 * ranks.ffn,
-        rank_pattern=dict.fromkeys(ATTENTION, ranks.attention),
-        alpha_pattern=dict.fromkeys(ATTENTION, 2 * ranks.attention),
-        target_modules=[*ATTENTION, *FFN],
+        target_modules=list(ranks),
+        rank_pattern=dict(ranks),
+        alpha_pattern={kind: 2 * rank for kind, rank in ranks.items()},
         bias="none",
     )
     inject_adapter_in_model(config, trunk.model, adapter_name=_NAME)

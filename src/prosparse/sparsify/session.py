@@ -18,6 +18,7 @@ from prosparse.formats import open_model
 from prosparse.formats.files import written_whole
 from prosparse.formats.hf import write_folder
 from prosparse.model.activation import Activation
+from prosparse.model.adapter import change, parse_ranks
 from prosparse.model.fold import unfold_thresholds
 from prosparse.model.model import Model
 from prosparse.sparsify import hf_model, lora, progress, report, selfdata, settings, tokens
@@ -49,7 +50,7 @@ class Session:
         self.folder: Path = args.out
         self.original = open_model(args.model)
         self.start, self.start_thresholds = self._start()
-        self.ranks = None if args.lora is None else lora.Ranks.parse(args.lora)
+        self.ranks = None if args.lora is None else parse_ranks(args.lora)
         size = self.original.config
         if preset:
             preset.check_model(size.hidden_size, size.num_hidden_layers)
@@ -146,7 +147,13 @@ class Session:
             raise ValueError(
                 f"{self.args.start} has another shape than {self.args.model}: it was not made of it"
             )
-        return unfold_thresholds(start, self.original) if before.name == "fatrelu" else (start, [])
+        if before.name not in ("fatrelu", "relu", self.original.config.activation.name):
+            raise ValueError(f"{self.args.start} is a {before.name} model: --from takes fatrelu and relu")
+        if before.name != "fatrelu":
+            return start, []
+        if self.preset or self.args.l1:
+            raise ValueError(f"{self.args.start} has thresholds, which only --target goes on with")
+        return unfold_thresholds(start, self.original)
 
     def _student(self) -> Trunk:
         if self.config.control:
@@ -168,6 +175,10 @@ class Session:
             torch.manual_seed(self.args.seed)
             lora.add(trunk, self.ranks)
             if start is not self.original:
+                if (lost := change(self.original, start)) > 0.01:
+                    self._say(
+                        f"{self.args.start}: adapters leave embeddings alone, a change of {lost:.1%} is lost"
+                    )
                 lora.start_at(trunk, start)
         return trunk
 

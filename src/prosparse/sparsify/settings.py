@@ -101,8 +101,8 @@ def _way(
 ) -> tuple[LambdaSchedule | None, TargetControl | None]:
     """Without a preset: the paper's path with the factors of --l1, or the target."""
     control = TargetControl(0.9 if args.target is None else args.target)
-    start = 0.0 if thresholds else control.start
     if args.l1 is None:
+        start = 0.0 if thresholds else control.start
         return None, replace(control, start=start, end=control.end if args.reach is None else args.reach)
     if args.reach is not None:
         raise ValueError("--reach is for --target; the stages of --l1 are of equal length")
@@ -110,7 +110,7 @@ def _way(
         factors = [float(factor) for factor in args.l1.split(",")]
     except ValueError:
         raise ValueError(f"--l1 is the factors of the stages, as 1e-3,5e-3,5e-2, not {args.l1!r}") from None
-    relu = round(start * steps)
+    relu = round(control.start * steps)
     ends = [relu + round((steps - relu) * (i + 1) / len(factors)) for i in range(len(factors))]
     if relu < 1 or len(set(ends)) < len(ends):
         raise ValueError(f"{steps} steps are too few for a ReLU stage and {len(factors)} stages of --l1")
