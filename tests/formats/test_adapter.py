@@ -239,7 +239,7 @@ STEM = "model.layers.0.mlp.gate_proj"
         ({"prosparse.adapter.sha256": "0"}, {}, "damaged"),
         ({}, {f"{STEM}.A": None}, rf"tensor {STEM}\.A is missing"),
         ({}, {f"{STEM}.scales": None}, rf"tensor {STEM}\.[AB] .* is no part of an adapter"),
-        ({}, {f"{STEM}.scales": float32(np.ones(3))}, "must be two F32"),
+        ({}, {f"{STEM}.scales": float32(np.ones(3))}, "scales must be 2 F32"),
         ({}, {f"{STEM}.scales": float32(np.array([1, np.inf]))}, "NaN or infinite"),
         ({}, {f"{STEM}.A": float32(np.ones((5, 64)))}, "not of one rank"),
         ({}, {f"{STEM}.A": float32(np.full((6, 64), np.nan))}, rf"tensor {STEM}\.A: NaN"),

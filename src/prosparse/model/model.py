@@ -32,6 +32,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "IQ4_NL": (32, 18),
     "IQ4_XS": (256, 136),
 }
+SIZES = BLOCKS | {"I8": (1, 1)}  # and plain bytes, the codes of adapters
 
 
 class Tensor:
@@ -46,12 +47,12 @@ class Tensor:
     def __init__(
         self, type: str, shape: tuple[int, ...], data: np.ndarray | Callable[[], np.ndarray]
     ) -> None:
-        if type not in BLOCKS:
+        if type not in SIZES:
             raise ValueError(f"unknown tensor type {type!r}: {', '.join(BLOCKS)} are known")
-        if len(shape) not in (1, 2) or min(shape) < 1 or shape[-1] % BLOCKS[type][0]:
+        if len(shape) not in (1, 2) or min(shape) < 1 or shape[-1] % SIZES[type][0]:
             raise ValueError(
                 f"shape {shape} does not fit type {type}: one or two sizes are needed, "
-                f"the last a multiple of {BLOCKS[type][0]}"
+                f"the last a multiple of {SIZES[type][0]}"
             )
         self.type = type
         self.shape = tuple(shape)
@@ -71,7 +72,7 @@ class Tensor:
     @property
     def data_shape(self) -> tuple[int, ...]:
         """Shape of `data`."""
-        block, size = BLOCKS[self.type]
+        block, size = SIZES[self.type]
         return (*self.shape[:-1], self.shape[-1] // block * size)
 
     @property
@@ -88,6 +89,8 @@ class Tensor:
                 return data.view(np.float16).astype(np.float32)
             case "BF16":
                 return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            case "I8":
+                raise ValueError("a tensor of type I8 holds codes, not weights")
         # imported at use: 0.15 s
         from gguf import GGMLQuantizationType, quants
 
@@ -101,6 +104,11 @@ class Tensor:
 
     def __repr__(self) -> str:
         return f"Tensor({self.type}, {self.shape})"
+
+
+def float32(values: np.ndarray) -> Tensor:
+    """Numbers as an F32 tensor."""
+    return Tensor("F32", values.shape, np.ascontiguousarray(values, np.float32).view(np.uint8))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,319 @@
+"""Adapters with coded changes: the file, read also as docs/formats.md says; mixed with factors; the verb."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_adapter import GATE, KEYS, STEM, distance, float32, rewritten
+
+from prosparse.cli import main
+from prosparse.formats import adapter as files
+from prosparse.formats import builtin, open_model
+from prosparse.formats.convert import convert, write_model
+from prosparse.formats.gguf import read_gguf, write_gguf
+from prosparse.model.activation import Activation
+from prosparse.model.adapter import ATTENTION, FFN, apply, extract, kept, kind_of, parse_levels
+from prosparse.model.coded import Coded
+from prosparse.model.factors import Factors
+from prosparse.model.model import Model, Tensor
+
+SCALES = {"gate_proj": 1.9, "up_proj": 0.7}  # as folded thresholds leave them
+MIXED = {"levels": dict.fromkeys(FFN, 3), "ranks": dict.fromkeys(ATTENTION, 4)}
+
+
+def tune(base, levels, seed=1):
+    """`base` with a coded change of each matrix, other norms, and FATReLU."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, tensor in base.tensors.items():
+        values = tensor.dequantize()
+        if values.ndim == 1:
+            values = values + 0.1 * rng.standard_normal(len(values))
+        elif name not in ("model.embed_tokens.weight", "lm_head.weight"):
+            steps = (0.01 + 0.01 * rng.random((len(values), 1))).astype(np.float16).astype(np.float32)
+            codes = np.where(rng.random(values.shape) < 0.5, np.float32(-1), np.float32(1))
+            if levels[kind_of(name)] == 3:
+                codes *= rng.random(values.shape) > 0.3
+            values = np.float32(SCALES.get(kind_of(name), 1)) * (values + steps * codes)
+        tensors[name] = float32(values)
+    config = replace(base.config, activation=Activation("fatrelu", 0.25))
+    return Model(config, tensors, base.tokenizer, "tuned")
+
+
+def float16(values):
+    return Tensor("F16", values.shape, np.ascontiguousarray(values, np.float16).view(np.uint8))
+
+
+@pytest.fixture
+def base(tiny_model):
+    return tiny_model(type="Q4_1", hidden=64, intermediate=96, tied=True)
+
+
+@pytest.fixture(params=["3", "2", "3:2"])
+def levels(request):
+    return parse_levels(request.param)
+
+
+@pytest.fixture
+def tuned(base, levels):
+    return tune(base, levels)
+
+
+@pytest.fixture
+def path(base, tmp_path):
+    """An adapter file with codes of 3 levels in FFNs, and of 2 in attention."""
+    levels = parse_levels("3:2")
+    files.write(tmp_path / "a.gguf", extract(base, tune(base, levels), levels=levels))
+    return tmp_path / "a.gguf"
+
+
+def test_a_coded_change_is_found_exactly(base, tuned, levels):
+    made = extract(base, tuned, levels=levels)
+    assert apply(base, made).config == tuned.config
+    assert distance(apply(base, made), tuned) < 1e-5 * distance(base, tuned)
+    for name, change in made.matrices.items():
+        assert change.levels == levels[kind_of(name)]
+        scale = SCALES.get(kind_of(name), 1)
+        assert change.scale == pytest.approx(scale, rel=2e-7)
+        difference = tuned.tensors[name].dequantize() / scale - base.tensors[name].dequantize()
+        assert np.array_equal(change.steps.data, float16(np.abs(difference).max(axis=1)).data)
+    assert all(share == pytest.approx(1, abs=1e-6) for share in kept(base, tuned, made).values())
+
+
+def test_the_file_holds_everything(base, tuned, levels, tmp_path):
+    made = replace(extract(base, tuned, levels=levels), license="Apache-2.0", measured={"ppl": 12.5})
+    files.write(tmp_path / "a.gguf", files.with_types(made, "Q4_0"))  # which is of factors
+    again = files.read(tmp_path / "a.gguf")
+    assert (again.license, again.measured) == ("Apache-2.0", {"ppl": 12.5})
+    assert again.size_bytes == made.size_bytes and again.matrices.keys() == made.matrices.keys()
+    for name, change in made.matrices.items():
+        theirs = again.matrices[name]
+        numbers = [(c.scale, c.levels, c.columns, c.shape) for c in (theirs, change)]
+        assert numbers[0] == numbers[1]
+        assert np.array_equal(theirs.steps.data, change.steps.data)
+        assert np.array_equal(theirs.codes.data, change.codes.data)
+    files.write(tmp_path / "b.gguf", again)
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+
+
+def test_the_file_is_as_documented(base, path):
+    """Read by the package gguf, and decoded in loops, in float64."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    merged = apply(base, files.read(path))
+    for name in (GATE, KEYS):
+        stem = name.removesuffix(".weight")
+        scale, levels, columns = (float(value) for value in stored[f"{stem}.coding"].data)
+        steps, codes = stored[f"{stem}.steps"].data, stored[f"{stem}.codes"]
+        assert steps.dtype == np.float16 and codes.tensor_type == GGMLQuantizationType.I8
+        result = base.tensors[name].dequantize().astype(float)
+        assert (len(steps), int(columns)) == result.shape
+        for row, data in enumerate(codes.data.view(np.uint8)):
+            for column in range(int(columns)):
+                if levels == 3:
+                    code = data[column // 5] // 3 ** (column % 5) % 3 - 1.0
+                else:
+                    code = 2.0 * (data[column // 8] >> column % 8 & 1) - 1
+                result[row, column] += float(steps[row]) * code
+        assert np.abs(merged.tensors[name].dequantize() - scale * result).max() < 1e-6
+
+
+def test_factors_and_codes_in_one_file(base, tmp_path):
+    tuned = tune(base, parse_levels("3"))
+    files.write(tmp_path / "a.gguf", files.with_types(extract(base, tuned, **MIXED), "Q8_0"))
+    made = files.read(tmp_path / "a.gguf")
+    assert isinstance(made.matrices[GATE], Coded) and isinstance(made.matrices[KEYS], Factors)
+    assert made.matrices[KEYS].a.type == "Q8_0" and made.matrices[KEYS].a.shape == (4, 64)
+    shares = kept(base, tuned, made)
+    assert shares["up_proj"] > 0.9999 and 0.1 < shares["q_proj"] < 0.9
+
+
+def test_every_kind_has_one_form(base):
+    for ranks, levels in (
+        (None, None),
+        (4, 3),
+        (None, {"up_proj": 3}),
+        (MIXED["ranks"], parse_levels("3")),
+        (dict.fromkeys(ATTENTION, 0), dict.fromkeys(FFN, 2)),
+    ):
+        with pytest.raises(ValueError, match=r"ranks of at least 1 are needed for .*, or levels"):
+            extract(base, base, ranks, levels)
+    with pytest.raises(ValueError, match="4 levels are not known"):
+        extract(base, base, levels=4)
+
+
+def test_another_base(base):
+    tensors = dict(base.tensors) | {GATE: float32(-base.tensors[GATE].dequantize())}
+    other = replace(base, tensors=tensors, name="other")
+    with pytest.raises(ValueError, match=rf"tensor {GATE} of other: nothing of the base is left"):
+        extract(base, other, levels=3)
+
+
+def test_nothing_changed(base):
+    for levels in (2, 3):
+        made = extract(base, base, levels=levels)
+        assert distance(apply(base, made), base) == 0
+        assert set(kept(base, base, made).values()) == {1.0}
+
+
+def coding(*values):
+    return float32(np.array(values))
+
+
+def data(rows, columns, value=0):
+    return Tensor("I8", (rows, columns), np.full((rows, columns), value, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({f"{STEM}.codes": None}, rf"tensor {STEM}\.codes is missing"),
+        ({f"{STEM}.steps": None}, rf"tensor {STEM}\.steps is missing"),
+        ({f"{STEM}.coding": None}, rf"tensor {STEM}\.(steps|codes) .* is no part of an adapter"),
+        ({f"{STEM}.coding": coding(1, 3)}, rf"{STEM}: coding must be 3 F32, not F32 \(2,\)"),
+        ({f"{STEM}.coding": coding(1, 4, 64)}, "4 levels are not known"),
+        ({f"{STEM}.coding": coding(1, 2.5, 64)}, "2.5 levels and 64 columns must be whole numbers"),
+        ({f"{STEM}.coding": coding(1, 3, 63.5)}, "must be whole numbers"),
+        ({f"{STEM}.coding": coding(1, 3, 66)}, r"codes must be I8 \[rows, 14\] for 66 columns"),
+        ({f"{STEM}.coding": coding(1, 3, 1e38)}, "codes must be I8"),
+        ({f"{STEM}.coding": coding(1, 3, -4)}, "codes must be I8"),
+        ({f"{STEM}.coding": coding(0, 3, 64)}, f"{STEM}: a scale must be finite and above 0, not 0.0"),
+        ({f"{STEM}.coding": coding(-1, 3, 64)}, "a scale must be finite and above 0, not -1.0"),
+        ({f"{STEM}.coding": coding(np.nan, 3, 64)}, rf"tensor {STEM}\.coding: NaN"),
+        ({f"{STEM}.codes": data(96, 12)}, "codes must be I8"),
+        ({f"{STEM}.codes": data(95, 13)}, "steps must be F16"),
+        ({f"{STEM}.codes": float32(np.ones((96, 13)))}, "codes must be I8 .* not F32"),
+        ({f"{STEM}.codes": data(96, 13, 243)}, "a byte 243 of codes"),
+        ({f"{STEM}.steps": float16(np.ones(95))}, r"steps must be F16 \(96,\), .* not F16 \(95,\)"),
+        ({f"{STEM}.steps": float32(np.ones(96))}, "steps must be F16 .* not F32"),
+        ({f"{STEM}.steps": data(96, 1)}, rf"tensor {STEM}\.steps: type I8 is of codes"),
+        ({f"{STEM}.steps": float16(np.full(96, np.inf))}, rf"tensor {STEM}\.steps: NaN or infinite"),
+        ({f"{STEM}.steps": float16(np.full(96, -1.0))}, "a step is NaN, infinite or below 0"),
+        ({"extra.codes": data(3, 3)}, "tensor extra.codes .* is no part of an adapter"),
+        ({"model.norm.weight": data(3, 3)}, r"model\.norm\.weight: type I8 is of codes"),
+        (
+            {f"{STEM}.{part}": float32(np.ones(shape)) for part, shape in {"scales": 2, "A": (4, 64)}.items()}
+            | {f"{STEM}.B": float32(np.ones((4, 96)))},
+            f"{STEM} has both factors and codes",
+        ),
+    ],
+)
+def test_bad_files(path, tensors, message):
+    bad = rewritten(path, {}, tensors)
+    with pytest.raises(ValueError, match=message) as error:
+        files.read(bad)
+    assert str(error.value).startswith(str(bad))
+
+
+def test_another_number_of_columns(base, path):
+    # as many bytes a row as 64 columns
+    made = files.read(rewritten(path, {}, {f"{STEM}.coding": coding(1, 3, 65)}))
+    with pytest.raises(ValueError, match=r"gate_proj.* \(96, 65\) there, \(96, 64\) here"):
+        apply(base, made)
+
+
+def test_damage_and_truncation(path):
+    whole = path.read_bytes()
+    for size in (100, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=str(path)):
+            files.read(path)
+    place = len(whole) - 200
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match="damaged"):
+        files.read(path)
+
+
+def test_codes_are_no_weights(base, tmp_path):
+    write_model(tmp_path / "base.gguf", base)
+    file = read_gguf(tmp_path / "base.gguf")
+    for name in ("blk.0.ffn_gate.weight", "output_norm.weight", "token_embd.weight"):
+        shape = file.tensors[name].shape
+        tensor = Tensor("I8", shape, np.zeros(shape, np.uint8))
+        write_gguf(tmp_path / "bad.gguf", file.metadata, dict(file.tensors) | {name: tensor})
+        with pytest.raises(ValueError, match=rf"bad\.gguf: tensor {name}: type I8 is of codes"):
+            open_model(tmp_path / "bad.gguf")
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    """base.gguf, and tuned.gguf with codes of 3 levels everywhere."""
+    write_model(tmp_path / "base.gguf", base, {"general.license": "mit"})
+    write_model(tmp_path / "tuned.gguf", tune(base, parse_levels("3")))
+    return tmp_path
+
+
+def convert_to_adapter(folder, *options):
+    paths = [str(folder / name) for name in ("tuned.gguf", "a.gguf")]
+    return main(["convert", *paths, "--base", str(folder / "base.gguf"), *options])
+
+
+def test_the_verb(folder, capsys):
+    assert convert_to_adapter(folder, "--levels", "3", "--name", "N", "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "kept of the squared difference: q_proj 100.0%" in lines[0]
+    assert min(json.loads(lines[-1])["kept"].values()) > 0.9999
+    made = files.read(folder / "a.gguf")
+    assert (made.name, made.license) == ("N", "mit")
+    assert main(["inspect", str(folder / "a.gguf"), "--json"]) == 0
+
+    paths = [str(folder / name) for name in ("base.gguf", "out.gguf")]
+    assert main(["convert", *paths, "--adapter", str(folder / "a.gguf"), "--type", "f32"]) == 0
+    merged, tuned = (open_model(folder / f"{name}.gguf") for name in ("out", "tuned"))
+    assert merged.config == tuned.config and merged.name == "N"
+    assert distance(merged, tuned) < 1e-5 * distance(open_model(folder / "base.gguf"), tuned)
+
+
+def test_levels_of_one_kind_and_ranks_of_the_other(folder):
+    assert convert_to_adapter(folder, "--levels", "3:0", "--rank", "5", "--type", "f16") == 0
+    made = files.read(folder / "a.gguf")
+    assert made.matrices[GATE].levels == 3
+    assert (made.matrices[KEYS].a.type, made.matrices[KEYS].a.shape) == ("F16", (5, 64))
+    assert convert_to_adapter(folder, "--levels", "0:2") == 0
+    made = files.read(folder / "a.gguf")
+    assert made.matrices[GATE].a.shape == (64, 64) and made.matrices[KEYS].levels == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--levels", "4"], "levels are 2 or 3"),
+        (["--levels", "3:"], "levels are 2 or 3"),
+        (["--levels", "3", "--rank", "8"], "--levels 3 leaves no factors, of which --rank and --type are"),
+        (["--levels", "3:2", "--type", "q4_0"], "--levels 3:2 leaves no factors"),
+        (["--levels", "3:0", "--rank", "80:32"], "--rank 80:32 has a rank too many"),
+    ],
+)
+def test_options_that_do_not_fit(folder, capsys, options, message):
+    assert convert_to_adapter(folder, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "a.gguf").exists()
+
+
+def test_levels_without_a_base(folder, capsys):
+    paths = [str(folder / name) for name in ("tuned.gguf", "out.gguf")]
+    assert main(["convert", *paths, "--levels", "3"]) == 2
+    assert "--levels is of an adapter to be written: add --base" in capsys.readouterr().err
+
+
+def test_the_built_in_model(folder, path, monkeypatch):
+    monkeypatch.setattr(builtin, "ADAPTER", path)
+    monkeypatch.setattr(builtin, "original_path", lambda: folder / "base.gguf")
+    monkeypatch.setenv("PROSPARSE_CACHE", str(folder / "cache"))
+    model, expected = open_model("demo"), apply(open_model(folder / "base.gguf"), files.read(path))
+    assert model.config.activation == Activation("fatrelu", 0.25)
+    values = expected.tensors[GATE].dequantize()
+    assert np.abs(model.tensors[GATE].dequantize() - values).max() < 0.01 * np.abs(values).max()
+
+
+def test_merged_into_a_folder(folder, path):
+    convert(folder / "base.gguf", folder / "hf", "F32", adapter=path)
+    merged, expected = open_model(folder / "hf"), apply(open_model(folder / "base.gguf"), files.read(path))
+    assert distance(merged, expected) == 0
+
+
+def test_the_adapter_that_is_shipped_still_reads(smollm2_path):
+    made = files.read(builtin.ADAPTER)
+    assert all(isinstance(change, Factors) for change in made.matrices.values())
