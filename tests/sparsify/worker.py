@@ -1,6 +1,6 @@
 """One process of a training run, for tests that start several or kill them.
 
-torchrun ... worker.py FOLDER STOP MICRO LORA_RANK OPTIMIZER
+torchrun ... worker.py FOLDER STOP MICRO LORA_RANK OPTIMIZER SHARD
 """
 
 import contextlib
@@ -31,11 +31,12 @@ def trainer(
     rank: int = 0,
     optimizer: str = "adamw",
     *,
+    shard: bool = False,
     steps: int = 20,
     checkpoint_every: int = 5,
 ) -> Trainer:
     """A run of `steps` steps of 4 sequences on the alphabet."""
-    world, place = distributed.join("cpu")
+    world, place = distributed.join("cpu", shard)
     tokens = np.tile(np.arange(97, 123, dtype=np.uint32), 400)
     offsets = np.arange(0, len(tokens) + 1, 26)
     store = SimpleNamespace(
@@ -60,10 +61,10 @@ def trainer(
     return Trainer(student, teacher, [Feed(mixture, 4, steps)], config, folder, world)
 
 
-def main(folder: Path, stop: int, micro: int, rank: int, optimizer: str) -> None:
+def main(folder: Path, stop: int, micro: int, rank: int, optimizer: str, shard: bool) -> None:
     """Runs, up to step `stop` if that is not 0; then the weights that came out are written."""
     torch.set_num_threads(1)
-    run = trainer(folder, micro, rank, optimizer)
+    run = trainer(folder, micro, rank, optimizer, shard=shard)
 
     class Stopped(Exception):
         pass
@@ -82,5 +83,5 @@ def main(folder: Path, stop: int, micro: int, rank: int, optimizer: str) -> None
 
 
 if __name__ == "__main__":
-    folder, stop, micro, rank, optimizer = sys.argv[1:]
-    main(Path(folder), int(stop), int(micro), int(rank), optimizer)
+    folder, stop, micro, rank, optimizer, shard = sys.argv[1:]
+    main(Path(folder), int(stop), int(micro), int(rank), optimizer, shard == "True")

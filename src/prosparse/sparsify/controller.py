@@ -20,6 +20,7 @@ class TargetControl:
     start: float = 0.08  # share of training before which thresholds stay 0
     end: float = 0.75  # share of training after which the target stands
     gain: float = 0.5  # change of a threshold per unit of density error and step
+    falls: bool = False  # thresholds are there from the start, so that sparsity can also fall to `target`
 
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
@@ -30,15 +31,16 @@ class TargetControl:
             raise ValueError(f"the gain must be positive, not {self.gain}")
 
     def wanted(self, natural: float, progress: float) -> float:
-        """Overall sparsity wanted at a share `progress` of training, from `natural`, what ReLU alone gave."""
+        """Overall sparsity wanted at a share `progress` of training; `natural` is what was there before."""
         share = min(1.0, max(0.0, (progress - self.start) / (self.end - self.start)))
-        return natural + rise(share) * (max(self.target, natural) - natural)
+        target = self.target if self.falls else max(self.target, natural)
+        return natural + rise(share) * (target - natural)
 
 
-def layer_densities(natural: Sequence[float], overall: float) -> np.ndarray:
+def layer_densities(natural: Sequence[float], overall: float, falls: bool = False) -> np.ndarray:
     """Target density of each layer, float64: proportional to its `natural` one, with mean `overall`.
 
-    No layer is asked for more than its natural density; what a layer cannot take goes to the others.
+    No layer is asked for more than its natural density, unless thresholds made it (`falls`).
     """
     densities = np.asarray(natural, np.float64)
     if densities.ndim != 1 or not densities.size or not ((densities >= 0) & (densities <= 1)).all():
@@ -46,8 +48,9 @@ def layer_densities(natural: Sequence[float], overall: float) -> np.ndarray:
     if not 0 <= overall <= 1:
         raise ValueError(f"the overall density must be between 0 and 1, not {overall}")
     mean = densities.mean()
-    # thresholds start at 0, where a layer is as dense as it can be
-    return densities.copy() if mean <= overall else densities * (overall / mean)
+    if mean <= overall and not (falls and mean):
+        return densities.copy()  # thresholds start at 0, where a layer is as dense as it can be
+    return np.minimum(1.0, densities * (overall / mean))
 
 
 def step(thresholds: np.ndarray, densities: np.ndarray, wanted: np.ndarray, gain: float) -> np.ndarray:

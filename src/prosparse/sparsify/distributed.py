@@ -1,7 +1,12 @@
-"""One process or many: under `torchrun` a model and its optimizer state are spread over them (FSDP2)."""
+"""One process or many: under `torchrun` they share the steps of a run.
+
+Each has the whole model, and gradients are averaged; or the model and its optimizer state are spread over
+them (FSDP2), where one has no room for it.
+"""
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,11 +46,21 @@ class World:
             values /= self.size
         return values
 
+    def mean_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Gradients averaged over the processes, in place, by one message; those of a spread model are."""
+        if self.size > 1 and not self.sharded:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            whole = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+            parts = whole.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(
+                gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+            )
 
-def join(device: str | None = None) -> tuple[World, torch.device]:
+
+def join(device: str | None = None, shard: bool = False) -> tuple[World, torch.device]:
     """The world that `torchrun` started this process in, or one process alone; and this process's device.
 
-    `device`: a torch device, or None for a GPU if there is one.
+    `device`: a torch device, or None for a GPU if there is one. `shard`: the model is to be spread.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "LOCAL_RANK" not in os.environ:
@@ -55,7 +70,7 @@ def join(device: str | None = None) -> tuple[World, torch.device]:
         torch.cuda.set_device(kind)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=_PATIENCE)
-    return World(dist.get_rank(), dist.get_world_size(), sharded=True), kind
+    return World(dist.get_rank(), dist.get_world_size(), sharded=shard), kind
 
 
 def leave() -> None:

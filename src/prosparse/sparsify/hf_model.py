@@ -15,8 +15,8 @@ from prosparse.model.fold import fold_thresholds
 from prosparse.model.model import Model
 from prosparse.model.model import Tensor as StoredTensor
 from prosparse.model.names import expected_tensors, less_one_in_hf
+from prosparse.sparsify import coded, lora
 from prosparse.sparsify.distributed import full
-from prosparse.sparsify.lora import merged
 from prosparse.sparsify.swap import SparseMLP, substitute
 
 # a layer whose threshold stayed 0 is folded as if it were this: no gate lies between
@@ -207,7 +207,8 @@ def weights(trunk: Trunk) -> dict[str, Tensor]:
         if reshard := getattr(module, "reshard", None):
             reshard()  # what an evaluation has left whole is narrow
     parameters = {name: full(p.detach()).cpu() for name, p in trunk.model.named_parameters()}
-    return merged(trunk.model, parameters) | {"lm_head.weight": full(trunk.head.detach()).cpu()}
+    parameters = lora.merged(trunk.model, coded.merged(trunk.model, parameters))
+    return parameters | {"lm_head.weight": full(trunk.head.detach()).cpu()}
 
 
 def _common(name: str, thresholds: Sequence[float]) -> tuple[Activation, float | None]:

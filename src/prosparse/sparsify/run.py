@@ -61,6 +61,13 @@ def _add_method(group: Any) -> None:
     add = group.add_argument
     add("--dry-run", action="store_true", help="print the stages of --preset and stop")
     add("--reach", type=float, metavar="X", help="share of training after which --target stands [0.75]")
+    add(
+        "--concentration",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="weight of few large activations, for --target [0.1]",
+    )
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns faster [adamw]")
     add("--lr", type=float, metavar="X", help="peak learning rate [5e-4, 1e-3 with --lora, or the preset's]")
     add("--lr-floor", type=float, default=0.1, metavar="X", help="share of it that the last step has [0.1]")
@@ -70,7 +77,15 @@ def _add_method(group: Any) -> None:
     add("--next-token", type=float, default=0.0, metavar="X", help="weight of the next-token loss [0]")
     add("--states", type=float, default=0.0, metavar="X", help="weight of hidden states' difference [0]")
     add("--keep-embeddings", action="store_true", help="leave embeddings and head as the original has them")
-    add("--lora", metavar="R[:A]", help="train adapters of rank R (A in attention), norms, no other weights")
+    small = group.add_mutually_exclusive_group()
+    small.add_argument(
+        "--lora", metavar="R[:A]", help="train adapters of rank R (A in attention), norms, no other weights"
+    )
+    small.add_argument(
+        "--levels",
+        metavar="L[:A]",
+        help="train what --from has added, rounded to L levels (A in attention) of a step a row: 2 or 3",
+    )
     add("--control", action="store_true", help="also train the un-sparsified twin on the same tokens")
 
 
@@ -86,6 +101,7 @@ def _add_machine(group: Any) -> None:
     add("--device", help="torch device [cuda if there is one]")
     add("--micro", type=int, default=8, metavar="N", help="sequences at a time; lower it to save memory [8]")
     add("--recompute", action="store_true", help="save memory: compute activations again for gradients")
+    add("--shard", action="store_true", help="under torchrun: spread the model, where one GPU has no room")
     add("--compile", action="store_true", help="torch.compile: starts slower, three times faster on a GPU")
     add("--checkpoint-every", type=int, default=200, metavar="N", help="steps [200]")
     add("--workers", type=int, metavar="N", help="processes that tokenise [one per core]")
@@ -121,16 +137,18 @@ def main(args: argparse.Namespace) -> int:
     from prosparse.sparsify import distributed
     from prosparse.sparsify.session import Session
 
-    world, device = distributed.join(args.device)
+    world, device = distributed.join(args.device, args.shard)
     try:
         result = Session(args, preset, reads, world, device).run()
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"out of GPU memory: lower --micro, or use --recompute ({error})") from None
+        raise ValueError(
+            f"out of GPU memory: lower --micro, use --recompute, or --shard on several GPUs ({error})"
+        ) from None
     finally:
         distributed.leave()
     if args.json and world.is_main:
         options.print_json(result)
-    if world.sharded:
+    if world.size > 1:
         distributed.end(0)
     return 0
 

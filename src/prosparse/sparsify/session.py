@@ -21,7 +21,7 @@ from prosparse.model.activation import Activation
 from prosparse.model.adapter import change, parse_ranks
 from prosparse.model.fold import unfold_thresholds
 from prosparse.model.model import Model
-from prosparse.sparsify import hf_model, lora, progress, report, selfdata, settings, tokens
+from prosparse.sparsify import coded, hf_model, lora, progress, report, selfdata, settings, tokens
 from prosparse.sparsify.batches import Mixture
 from prosparse.sparsify.corpus import Source
 from prosparse.sparsify.distributed import World
@@ -51,6 +51,9 @@ class Session:
         self.original = open_model(args.model)
         self.start, self.start_thresholds = self._start()
         self.ranks = None if args.lora is None else parse_ranks(args.lora)
+        self.levels = None if args.levels is None else coded.parse_levels(args.levels)
+        if self.levels and (world.sharded or args.start is None):
+            raise ValueError("--levels rounds what --from, a trained model, adds; and it cannot --shard")
         size = self.original.config
         if preset:
             preset.check_model(size.hidden_size, size.num_hidden_layers)
@@ -125,6 +128,7 @@ class Session:
             "batch_tokens": args.batch_tokens,
             "held_out": args.held_out,
             "lora": args.lora,
+            "levels": args.levels,
             "keep_embeddings": args.keep_embeddings,
             "config": asdict(self.config),
         }
@@ -166,21 +170,25 @@ class Session:
 
     def _trainable(self, start: Model, activation: Activation) -> Trunk:
         """A model that trains from the weights of `start`: itself, or adapters of the original."""
-        base = start if self.ranks is None else self.original
+        base = start if self.ranks is None and self.levels is None else self.original
         changed = replace(base, config=replace(base.config, activation=activation))
         trunk = hf_model.load(changed, device=self.device)
         if self.args.keep_embeddings:
             trunk.freeze_embeddings()
+        if self.levels is not None:
+            self._warn_of_embeddings(start)
+            coded.add(trunk, self.levels, start)
         if self.ranks is not None:
             torch.manual_seed(self.args.seed)
             lora.add(trunk, self.ranks)
             if start is not self.original:
-                if (lost := change(self.original, start)) > 0.01:
-                    self._say(
-                        f"{self.args.start}: adapters leave embeddings alone, a change of {lost:.1%} is lost"
-                    )
+                self._warn_of_embeddings(start)
                 lora.start_at(trunk, start)
         return trunk
+
+    def _warn_of_embeddings(self, start: Model) -> None:
+        if (lost := change(self.original, start)) > 0.01:
+            self._say(f"{self.args.start}: adapters leave embeddings alone, a change of {lost:.1%} is lost")
 
     def _load_teacher(self) -> Trunk:
         dtype = torch.bfloat16 if self.config.bfloat16 else torch.float32

@@ -88,6 +88,7 @@ def train_config(
         optimizer=args.optimizer,
         matrix_rate=preset.matrix_rate if preset else 1.0,
         control=control,
+        concentration=args.concentration,
         document_mask=args.document_mask,
         bfloat16=bfloat16,
         compile=args.compile,
@@ -102,8 +103,8 @@ def _way(
     """Without a preset: the paper's path with the factors of --l1, or the target."""
     control = TargetControl(0.9 if args.target is None else args.target)
     if args.l1 is None:
-        start = 0.0 if thresholds else control.start
-        return None, replace(control, start=start, end=control.end if args.reach is None else args.reach)
+        end = control.end if args.reach is None else args.reach
+        return None, replace(control, start=0.0 if thresholds else control.start, end=end, falls=thresholds)
     if args.reach is not None:
         raise ValueError("--reach is for --target; the stages of --l1 are of equal length")
     try:

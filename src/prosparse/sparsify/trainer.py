@@ -232,6 +232,7 @@ class Trainer:
             measured += self._backward(lesson, factor, parts) / parts
             if part + 1 < parts:
                 lesson = self._taught(next(batches))
+        self.world.mean_gradients(self._trained.values())
         norm = full(torch.nn.utils.clip_grad_norm_(self._trained.values(), config.clip))
         numbers = _Numbers(torch.cat([self.world.mean(measured), norm[None]]))
         # a GPU has this to do while the numbers are waited for and the optimizer's kernels are launched
@@ -321,7 +322,7 @@ class Trainer:
             return None
         natural = self._natural[:-1] / self._natural[-1]
         wanted = control.wanted(1 - float(natural.mean()), progress)
-        targets = controller.layer_densities(natural, 1 - wanted)
+        targets = controller.layer_densities(natural, 1 - wanted, control.falls)
         self._thresholds = controller.step(self._thresholds, densities, targets, control.gain)
         for mlp, threshold in zip(self.student.mlps, self._thresholds, strict=True):
             mlp.threshold.fill_(threshold)
