@@ -148,29 +148,28 @@ void Model::ffn_dense(Layer& l) {
 }
 
 // Gate rows of a group stream in while the up and down rows of the group before, whose active neurons are
-// known, are prefetched into L2 a few lines at a time: the scattered reads hide behind the sequential one.
+// known, are requested line by line: the scattered reads hide behind the sequential one.
 uint64_t Model::ffn_segment(const Neurons& n, const Matrix& gate, int first, int last, float* y) {
     const Acts& x = ws_->in.acts;
     std::memset(y, 0, size_t(round_up(n.width, 64)) * 4);
     int pending[kGroup], n_pending = 0;
     float act[kGroup], x1[kGroup];
     const uint8_t* rows[kGroup];
+    Wanted wanted(gate.stride);
     uint64_t active = 0;
     for (int g = first; g <= last; g++) {
         const int j0 = g * kGroup, count = g < last ? std::min(kGroup, n.count - j0) : 0;
         float pre[kGroup];
-        if (n_pending) prefetch(n.group_scales(g - 1), n.scale_stride);
-        int fetched = 0;
-        auto fetch = [&](int until) {
-            for (; fetched < until; fetched++) prefetch(n.up(pending[fetched]), n.record);
-        };
-        if (!count) fetch(n_pending);
-        for (int r = 0; r < count; r += 4) {
-            fetch(n_pending * (r + 4) / kGroup);
-            k_.matvec(&gate, j0 + r, j0 + std::min(r + 4, count), &x, pre + r);
+        for (int r = 0; r < count; r++) {
+            if (wanted.due(r + 1, count))
+                pre[r] = k_.dot_stream(&gate, j0 + r, &x, wanted.next(nullptr));
+            else
+                k_.matvec(&gate, j0 + r, j0 + r + 1, &x, pre + r);
         }
+        wanted.finish();
         for (int i = 0; i < n_pending; i++) {
-            x1[i] = act[i] * k_.dot(n.up_type, n.up(pending[i]), n.width, &x);
+            const uint8_t* up = n.up(pending[i]);
+            x1[i] = act[i] * k_.dot(n.up_type, up, n.width, &x, up, up);
             rows[i] = n.down(pending[i]);
         }
         if (n_pending) k_.down(n.down_type, rows, x1, n_pending, n.group_scales(g - 1), n.width, y);
@@ -180,7 +179,9 @@ uint64_t Model::ffn_segment(const Neurons& n, const Matrix& gate, int first, int
             if (pre[r] == 0.0f) continue;
             pending[n_pending] = j0 + r;
             act[n_pending++] = pre[r];
+            wanted.add(n.up(j0 + r), n.record);
         }
+        if (n_pending) wanted.add(n.group_scales(g), n.scale_stride);
         active += uint64_t(n_pending);
     }
     return active;

@@ -39,8 +39,7 @@ constexpr int kGatesAhead = 16;  // candidates between the request for a gate an
 }  // namespace
 
 // Candidates are known before any of their weights is read, so gates are requested well ahead, and the rest
-// of the neurons that turned out active one group ahead. Requests come one row at a time between products: a
-// core has few misses in flight, and more of them at once would keep it from computing.
+// of the neurons that turned out active one group ahead: line by line, while others are computed.
 void Model::predicted_segment(const Layer& l, int first, int last, float* y, int segment) {
     Workspace& w = *ws_;
     const Neurons& n = l.neurons;
@@ -69,45 +68,46 @@ void Model::predicted_segment(const Layer& l, int first, int last, float* y, int
         while (i < count && candidates[i] / kGroup == group) i++;
         return i;
     };
-    auto fetch_gate = [&](int i) {
-        if (i < count) prefetch(l.gate.row(candidates[i]), l.gate.stride);
-    };
+    auto gate_ahead = [&](int i) { return l.gate.row(candidates[std::min(i + kGatesAhead, count - 1)]); };
     Pending now, before;
     float x1[kGroup];
     const uint8_t* rows[kGroup];
+    Wanted wanted(l.gate.stride);
     uint64_t active = 0;
-    // computes the group before, while the rows of this one are requested
+    // computes the group before, while what `now` needs is requested
     auto finish = [&] {
-        for (int i = 0; i < std::max(before.n, now.n); i++) {
-            if (i < now.n) prefetch(n.up(now.neuron[i]), n.record);
-            if (i >= before.n) continue;
-            x1[i] = before.act[i] * k_.dot(n.up_type, n.up(before.neuron[i]), n.width, &x);
+        for (int i = 0; i < before.n; i++) {
+            const uint8_t *up = n.up(before.neuron[i]), *next = wanted.next(up);
+            x1[i] = before.act[i] * k_.dot(n.up_type, up, n.width, &x, next, wanted.next(up));
             rows[i] = n.down(before.neuron[i]);
         }
-        if (now.n) prefetch(n.group_scales(now.group), n.scale_stride);
         if (before.n) k_.down(n.down_type, rows, x1, before.n, n.group_scales(before.group), n.width, y);
         active += uint64_t(before.n);
     };
-    for (int i = 0; i < kGatesAhead; i++) fetch_gate(i);
+    for (int i = 0; i < std::min(kGatesAhead, count); i++) prefetch(l.gate.row(candidates[i]), l.gate.stride);
     for (int i = 0; i < count;) {
         const int end = end_of(i), size = end - i;
         float pre[kGroup];
         for (int k = 0; k < size; k++) {
-            fetch_gate(i + k + kGatesAhead);
-            pre[k] = k_.dot(l.gate.type, l.gate.row(candidates[i + k]), n.width, &x);
+            const uint8_t* row = l.gate.row(candidates[i + k]);
+            pre[k] = k_.dot(l.gate.type, row, n.width, &x, gate_ahead(i + k), wanted.next(row));
         }
+        wanted.finish();
         k_.activate(config.hidden_act, config.hidden_act_param, pre, size, pre);
         now = {candidates[i] / kGroup, 0, {}, {}};
         for (int k = 0; k < size; k++) {
             if (pre[k] == 0.0f) continue;
             now.neuron[now.n] = candidates[i + k];
             now.act[now.n++] = pre[k];
+            wanted.add(n.up(candidates[i + k]), n.record);
         }
+        if (now.n) wanted.add(n.group_scales(now.group), n.scale_stride);
         finish();
         before = now;
         i = end;
     }
     now.n = 0;
+    wanted.finish();
     finish();
     w.n_candidates[size_t(segment)] = uint64_t(count);
     w.active[size_t(segment)] = active;

@@ -12,6 +12,10 @@ inline constexpr int kBatch = 128;  // tokens a prefill step takes through the l
 inline constexpr int kSegments =
     16;  // exact FFN: parts with a partial sum of their own, whatever the thread count
 
+// requests of one group: records of two rows, and scales that are longer than those, with all types in
+// between
+inline constexpr int kWanted = 16 * kGroup;
+
 // Rows of products start on cache lines, so that threads working on neighbouring columns never share one.
 template <class T>
 struct LineAligned {
@@ -51,6 +55,28 @@ struct ActBuffer {
 inline void prefetch(const uint8_t* p, size_t bytes) {
     for (size_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
+
+// Rows of `bytes` that are wanted soon, requested one at a time while something else is computed.
+class Wanted {
+  public:
+    explicit Wanted(size_t bytes) : bytes_(bytes) {}
+    void add(const uint8_t* p, size_t length) {
+        for (size_t i = 0; i < length && n_ < kWanted; i += bytes_) rows_[n_++] = p + i;
+    }
+    // the next one, or `here` where there is none: requesting what is at hand costs nothing
+    const uint8_t* next(const uint8_t* here) { return at_ < n_ ? rows_[at_++] : here; }
+    // whether another is to be requested at step `i` of `of`, so that they are spread evenly
+    bool due(int i, int of) const { return at_ * of < n_ * i; }
+    void finish() {
+        for (; at_ < n_; at_++) prefetch(rows_[at_], bytes_);
+        at_ = n_ = 0;
+    }
+
+  private:
+    size_t bytes_;
+    int at_ = 0, n_ = 0;
+    const uint8_t* rows_[kWanted];
+};
 
 // A bit a value, set where it is negative; the last word is filled up with zeros.
 inline void sign_bits(const float* x, int n, uint64_t* out) {

@@ -99,7 +99,11 @@ struct Kernels {
 
     void (*quantize)(const float* x, int n, Acts* out);
     void (*matvec)(const Matrix* w, int r0, int r1, const Acts* x, float* out);
-    float (*dot)(Type type, const uint8_t* row, int cols, const Acts* x);
+    // one row of it, while as many bytes from `beside` on are requested
+    float (*dot_stream)(const Matrix* w, int r, const Acts* x, const uint8_t* beside);
+    // a row by itself, while as many bytes from `next` and from `beside` on are requested
+    float (*dot)(Type type, const uint8_t* row, int cols, const Acts* x, const uint8_t* next,
+                 const uint8_t* beside);
     void (*dequantize)(Type type, const uint8_t* row, int cols, float* out);
     // y += sum_j x[j] * down_row[j], n <= 32 rows of one group
     void (*down)(Type type, const uint8_t* const* rows, const float* x, int n, const uint8_t* scales,

@@ -10,26 +10,51 @@
 namespace prosparse {
 namespace PS_NS {
 
-// Requests `bytes` four kilobytes ahead in the stream: the L2 prefetcher alone leaves a core a fifth below
-// its bandwidth.
-template <size_t bytes>
-static inline void prefetch_ahead(const uint8_t* p) {
+// What is requested while a row is computed, line for line, so that a core's few misses in flight never stand
+// in the way of the arithmetic. The L2 prefetcher alone leaves a core a fifth below its bandwidth.
+struct Nothing {
+    template <size_t bytes>
+    __attribute__((always_inline)) void request(size_t) const {}
+    __attribute__((always_inline)) void rest(size_t, size_t) const {}
+};
+struct Stream {  // four kilobytes ahead: the rows that follow
+    const uint8_t* row;
+    template <size_t bytes>
+    __attribute__((always_inline)) void request(size_t at) const {
 #pragma GCC unroll 8
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + 4096 + i, 0, 3);
-}
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + 4096 + at + i, 0, 3);
+    }
+    __attribute__((always_inline)) void rest(size_t, size_t) const {}
+};
+template <class First>
+struct Beside {  // and a row that lies elsewhere
+    First first;
+    const uint8_t* row;
+    template <size_t bytes>
+    __attribute__((always_inline)) void request(size_t at) const {
+        first.template request<bytes>(at);
+#pragma GCC unroll 8
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + at + i, 0, 2);
+    }
+    __attribute__((always_inline)) void rest(size_t at, size_t end) const {
+        first.rest(at, end);
+        for (; at < end + 63; at += 64) __builtin_prefetch(row + at, 0, 2);
+    }
+};
 constexpr size_t block_bytes(Type t) { return t == Type::q8_0 ? 32 : t == Type::q5_1 ? 20 : 16; }
 
-template <Type T, bool Stream>
-static inline float dot_float(const uint8_t* row, int cols, const Acts* x) {
+template <Type T, class Ahead>
+static inline float dot_float(const uint8_t* row, int cols, const Acts* x, Ahead ahead) {
     // 4 * 16 running sums in memory order, whatever the vector width: same result on every instruction set
     constexpr int K = 64 / W;
     constexpr size_t bytes = T == Type::f32 ? 4 : 2;
     vf acc[K] = {};
     int i = 0;
     for (; i + 64 <= cols; i += 64) {
-        if (Stream) prefetch_ahead<64 * bytes>(row + size_t(i) * bytes);
+        ahead.template request<64 * bytes>(size_t(i) * bytes);
         for (int k = 0; k < K; k++) acc[k] += load_raw<T>(row, cols, i + k * W) * load(x->f + i + k * W);
     }
+    ahead.rest(size_t(i) * bytes, size_t(cols) * bytes);
     for (int k = 0; i + k * W < cols; k++)
         acc[k] += load_raw<T>(row, cols, i + k * W) * load(x->f + i + k * W);
     for (int step = K / 2; step; step /= 2)
@@ -38,8 +63,8 @@ static inline float dot_float(const uint8_t* row, int cols, const Acts* x) {
 }
 
 #if defined(PS_AVX512)
-template <Type T, bool Stream>
-static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
+template <Type T, class Ahead>
+static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x, Ahead ahead) {
     const int chunks = round_up(cols, 64) / 64;
     const uint16_t *scales = (const uint16_t*)(row + code_bytes(T, cols)), *mins = scales + 2 * chunks;
     const int8_t *hi = x->hi, *lo = x->lo;
@@ -47,7 +72,7 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     __m512 even = _mm512_setzero_ps(), odd = even, corr = even;
     // lanes of a chunk's two blocks: eight 32-bit sums each
     const __m512i block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1);
-    auto chunk = [&](int c, int k, __m512 s, __m512 acc) {
+    auto chunk = [&](int c, int k, __m512 s, __m512 acc) __attribute__((always_inline)) {
         const __m512i w = codes<T>(row, chunks, c);
         const __m512i h = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, _mm512_loadu_si512(hi + c * 64));
         const __m512i q = _mm512_dpbusd_epi32(_mm512_slli_epi32(h, 7), w, _mm512_loadu_si512(lo + c * 64));
@@ -58,17 +83,18 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
     int c = 0;
     for (; c + 8 <= chunks; c += 8) {  // 16 blocks
         const int b = 2 * c;
-        if (Stream) prefetch_ahead<16 * block_bytes(T)>(row + size_t(b) * block_bytes(T));
+        ahead.template request<16 * block_bytes(T)>(size_t(b) * block_bytes(T));
         const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scales + b)));
         const __m512 m = has_min(T) ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(mins + b))) : d;
         corr = _mm512_fmadd_ps(m, _mm512_loadu_ps(xsum + b), corr);
         const __m512 s = _mm512_mul_ps(d, _mm512_loadu_ps(xscale + b));
-#pragma GCC unroll 4
-        for (int k = 0; k < 8; k += 2) {
+        unroll<4>([&](auto i) __attribute__((always_inline)) {
+            constexpr int k = 2 * decltype(i){};
             even = chunk(c + k, k, s, even);
             odd = chunk(c + k + 1, k + 1, s, odd);
-        }
+        });
     }
+    ahead.rest(size_t(2 * c) * block_bytes(T), row_bytes(T, cols));
     if (c < chunks) {
         const int b = 2 * c;
         const __mmask16 some = __mmask16((1u << 2 * (chunks - c)) - 1);
@@ -76,7 +102,6 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
         const __m512 m = has_min(T) ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, mins + b)) : d;
         corr = _mm512_fmadd_ps(m, _mm512_loadu_ps(xsum + b), corr);
         const __m512 s = _mm512_mul_ps(d, _mm512_loadu_ps(xscale + b));
-        if (Stream) prefetch_ahead<4 * block_bytes(T)>(row + size_t(b) * block_bytes(T));
         for (int k = 0; c + k < chunks; k++) even = chunk(c + k, k, s, even);
     }
     const __m512 factor = _mm512_set1_ps(has_min(T) ? 1.0f : -float(code_offset(T)));
@@ -113,8 +138,8 @@ static inline void dot_chunk(const uint8_t* row, size_t chunks, size_t c, const 
     }
 }
 
-template <Type T, bool Stream>
-static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
+template <Type T, class Ahead>
+static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x, Ahead ahead) {
     const size_t chunks = size_t(round_up(cols, 64)) / 64, blocks = chunks * 2;
     const uint16_t *scales = (const uint16_t*)(row + code_bytes(T, cols)), *mins = scales + blocks;
     alignas(32) static const int16_t keep[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
@@ -127,12 +152,12 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
         auto half8 = [mask](const uint16_t* p) {
             return _mm256_cvtph_ps(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), mask));
         };
-        if (Stream) prefetch_ahead<8 * block_bytes(T)>(row + b * block_bytes(T));
+        ahead.template request<8 * block_bytes(T)>(b * block_bytes(T));
         const __m256 d = half8(scales + b);
         corr = _mm256_fmadd_ps(has_min(T) ? half8(mins + b) : d, _mm256_loadu_ps(x->sum + b), corr);
         const __m256 s = _mm256_mul_ps(d, _mm256_loadu_ps(x->scale + b));
         const int16_t* q = x->q + b * 32;
-        auto step = [&](int k) {
+        auto step = [&](int k) __attribute__((always_inline)) {
             __m256i v[2];
             dot_chunk<T>(row, chunks, b / 2 + size_t(k), q + k * 64, v);
             for (int i = 0; i < 2; i++) {
@@ -142,13 +167,13 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
             }
         };
         if (n == 8) {
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; k++) step(k);
+            unroll<4>([&](auto k) __attribute__((always_inline)) { step(k); });
         } else {
 #pragma GCC unroll 1
             for (int k = 0; k < int(n) / 2; k++) step(k);
         }
     }
+    ahead.rest(round_up(int(blocks), 8) * block_bytes(T), row_bytes(T, cols));
     const __m256 factor = _mm256_set1_ps(has_min(T) ? 1.0f : -float(code_offset(T)));
     const __m256 a = _mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3]));
     return sum((vf)_mm256_fmadd_ps(corr, factor, a));
@@ -173,8 +198,8 @@ static inline int32_t dot_block(const uint8_t* row, int chunks, int b, const int
     return s;
 }
 
-template <Type T, bool Stream>
-static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
+template <Type T, class Ahead>
+static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x, Ahead) {
     const int chunks = round_up(cols, 64) / 64, blocks = chunks * 2;
     const uint16_t* scales = (const uint16_t*)(row + code_bytes(T, cols));
     float acc[2] = {}, corr[2] = {};
@@ -189,24 +214,32 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x) {
 }
 #endif
 
-// Stream: the rows that follow are wanted next.
-template <Type T, bool Stream>
-static inline float dot_row(const uint8_t* row, int cols, const Acts* x) {
+template <Type T, class Ahead>
+static inline float dot_row(const uint8_t* row, int cols, const Acts* x, Ahead ahead) {
     if constexpr (quantized(T))
-        return dot_quantized<T, Stream>(row, cols, x);
+        return dot_quantized<T>(row, cols, x, ahead);
     else
-        return dot_float<T, Stream>(row, cols, x);
+        return dot_float<T>(row, cols, x, ahead);
 }
 
 void matvec(const Matrix* w, int r0, int r1, const Acts* x, float* out) {
 #define PS_CALL(T) \
-    for (int r = r0; r < r1; r++) out[r - r0] = dot_row<T, true>(w->row(r), w->cols, x)
+    for (int r = r0; r < r1; r++) out[r - r0] = dot_row<T>(w->row(r), w->cols, x, Stream{w->row(r)})
     PS_BY_TYPE(w->type, PS_CALL)
 #undef PS_CALL
 }
 
-float dot(Type type, const uint8_t* row, int cols, const Acts* x) {
-#define PS_CALL(T) return dot_row<T, false>(row, cols, x)
+float dot_stream(const Matrix* w, int r, const Acts* x, const uint8_t* beside) {
+    const uint8_t* row = w->row(r);
+#define PS_CALL(T) return dot_row<T>(row, w->cols, x, Beside<Stream>{{row}, beside})
+    PS_BY_TYPE(w->type, PS_CALL)
+#undef PS_CALL
+    return 0;
+}
+
+float dot(Type type, const uint8_t* row, int cols, const Acts* x, const uint8_t* next,
+          const uint8_t* beside) {
+#define PS_CALL(T) return dot_row<T>(row, cols, x, Beside<Beside<Nothing>>{{{}, next}, beside})
     PS_BY_TYPE(type, PS_CALL)
 #undef PS_CALL
     return 0;

@@ -13,6 +13,7 @@ const Kernels PS_CAT(kernels_, PROSPARSE_ISA) = {
     .token_tile = PS_NS::kTokenTile,
     .quantize = PS_NS::quantize,
     .matvec = PS_NS::matvec,
+    .dot_stream = PS_NS::dot_stream,
     .dot = PS_NS::dot,
     .dequantize = PS_NS::dequantize,
     .down = PS_NS::down,
