@@ -17,12 +17,12 @@ struct Nothing {
     __attribute__((always_inline)) void request(size_t) const {}
     __attribute__((always_inline)) void rest(size_t, size_t) const {}
 };
-struct Stream {  // four kilobytes ahead: the rows that follow
+struct Stream {  // two kilobytes ahead: the rows that follow
     const uint8_t* row;
     template <size_t bytes>
     __attribute__((always_inline)) void request(size_t at) const {
 #pragma GCC unroll 8
-        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + 4096 + at + i, 0, 3);
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + 2048 + at + i, 0, 3);
     }
     __attribute__((always_inline)) void rest(size_t, size_t) const {}
 };
