@@ -119,9 +119,11 @@ def run_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             bandwidth = systems["dense"].call("bandwidth", threads)
             decode = alternate(systems, lambda system: system.call("decode", decode_tokens), args.rounds)
             facts = {name: system.call("facts") for name, system in systems.items()}
-            prefill = alternate(
-                systems, lambda system: system.call("prefill", prefill_tokens), math.ceil(args.rounds / 2)
-            )
+            prefill: dict[str, Turns] = {}
+            if args.prefill:
+                prefill = alternate(
+                    systems, lambda system: system.call("prefill", prefill_tokens), math.ceil(args.rounds / 2)
+                )
             bandwidth = max(bandwidth, systems["dense"].call("bandwidth", threads))
             sparsity = facts["exact"]["sparsity"] if "exact" in facts else 0.0
             if case.sparsity is not None and abs(sparsity - case.sparsity) > 0.02:
@@ -138,23 +140,23 @@ def run_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "ratios": _ratios(decode),
                 "prefill_ratios": _ratios(prefill),
                 "systems": {
-                    name: _speed(decode[name], prefill[name], read[name], bandwidth) | facts[name]
+                    name: _speed(decode[name], prefill.get(name), read[name], bandwidth) | facts[name]
                     for name in systems
                 },
             }
 
 
-def _speed(decode: Turns, prefill: Turns, bytes_read: float, bandwidth: float) -> dict[str, Any]:
+def _speed(decode: Turns, prefill: Turns | None, bytes_read: float, bandwidth: float) -> dict[str, Any]:
     """`bytes_read`: of weights, a token, as the file stores them; the cache is too short to count."""
     seconds = [s for result in decode.results for s in result]
     median = statistics.median(seconds)
     return {
         "tok_s": 1 / median,
         "tok_s_p10": 1 / p10(seconds),
-        "prefill_tok_s": PREFILL / statistics.median(prefill.results),
+        "prefill_tok_s": PREFILL / statistics.median(prefill.results) if prefill else None,
         "gb_s": bytes_read / median / 1e9,
         "bandwidth_share": bytes_read / median / 1e9 / bandwidth,
-        "noise": max(decode.noise, prefill.noise),
+        "noise": max(decode.noise, prefill.noise if prefill else 0.0),
         "round_ms": [1e3 * statistics.median(result) for result in decode.results],
     }
 
@@ -188,6 +190,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers-7b", type=int, default=8, help="of the real 32")
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--prefill",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="prompts too; llama.cpp built on a CPU with AMX may crash there",
+    )
     parser.add_argument("--quick", action="store_true", help="3 short rounds at 2 threads, Q8_0, 88 %%")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
