@@ -168,7 +168,7 @@ uint64_t Model::ffn_segment(const Neurons& n, const Matrix& gate, int first, int
         }
         wanted.finish();
         for (int i = 0; i < n_pending; i++) {
-            const uint8_t* up = n.up(pending[i]);
+            const uint8_t* up = n.up(pending[i]);  // nothing else is wanted yet
             x1[i] = act[i] * k_.dot(n.up_type, up, n.width, &x, up, up);
             rows[i] = n.down(pending[i]);
         }

@@ -24,6 +24,7 @@ struct Stream {  // two kilobytes ahead: the rows that follow
 #pragma GCC unroll 8
         for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + 2048 + at + i, 0, 3);
     }
+    // the end of a row is left to the hardware: requesting it too made dense decoding a fifth slower
     __attribute__((always_inline)) void rest(size_t, size_t) const {}
 };
 template <class First>

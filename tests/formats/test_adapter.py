@@ -13,30 +13,35 @@ from prosparse.formats.convert import convert, write_model
 from prosparse.formats.gguf import read_gguf, write_gguf
 from prosparse.model.activation import Activation
 from prosparse.model.adapter import ATTENTION, FFN, apply, change, extract, fingerprint, kept, kind_of
-from prosparse.model.model import Model, Tensor
+from prosparse.model.model import Model, float32
 
 RANK = 6
 GATE, KEYS = "model.layers.0.mlp.gate_proj.weight", "model.layers.1.self_attn.k_proj.weight"
 
 
-def float32(values):
-    return Tensor("F32", values.shape, np.ascontiguousarray(values, np.float32).view(np.uint8))
-
-
-def tune(base, rank, seed=1, scales=None):
-    """`base` with a random change of this rank in each matrix, other norms, and FATReLU."""
-    rng = np.random.default_rng(seed)
+def tuned_by(change, base, rng):
+    """`base` with change(kind, values) in place of each matrix, other norms, and FATReLU."""
     tensors = {}
     for name, tensor in base.tensors.items():
         values = tensor.dequantize()
         if values.ndim == 1:
             values = values + 0.1 * rng.standard_normal(len(values))
         elif name not in ("model.embed_tokens.weight", "lm_head.weight"):
-            left, right = (rng.standard_normal((size, rank)) for size in values.shape)
-            values = (scales or {}).get(kind_of(name), 1) * values + 0.02 * left @ right.T / np.sqrt(rank)
+            values = change(kind_of(name), values)
         tensors[name] = float32(values)
     config = replace(base.config, activation=Activation("fatrelu", 0.25))
     return Model(config, tensors, base.tokenizer, "tuned")
+
+
+def tune(base, rank, seed=1, scales=None):
+    """`base` with a random change of this rank in each matrix."""
+    rng = np.random.default_rng(seed)
+
+    def change(kind, values):
+        left, right = (rng.standard_normal((size, rank)) for size in values.shape)
+        return (scales or {}).get(kind, 1) * values + 0.02 * left @ right.T / np.sqrt(rank)
+
+    return tuned_by(change, base, rng)
 
 
 @pytest.fixture

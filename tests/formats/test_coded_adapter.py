@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_adapter import GATE, KEYS, STEM, distance, float32, rewritten
+from test_adapter import GATE, KEYS, STEM, distance, rewritten, tuned_by
 
 from prosparse.cli import main
 from prosparse.formats import adapter as files
@@ -16,29 +16,24 @@ from prosparse.model.activation import Activation
 from prosparse.model.adapter import ATTENTION, FFN, apply, extract, kept, kind_of, parse_levels
 from prosparse.model.coded import Coded
 from prosparse.model.factors import Factors
-from prosparse.model.model import Model, Tensor
+from prosparse.model.model import Tensor, float32
 
 SCALES = {"gate_proj": 1.9, "up_proj": 0.7}  # as folded thresholds leave them
 MIXED = {"levels": dict.fromkeys(FFN, 3), "ranks": dict.fromkeys(ATTENTION, 4)}
 
 
 def tune(base, levels, seed=1):
-    """`base` with a coded change of each matrix, other norms, and FATReLU."""
+    """`base` with a coded change of each matrix."""
     rng = np.random.default_rng(seed)
-    tensors = {}
-    for name, tensor in base.tensors.items():
-        values = tensor.dequantize()
-        if values.ndim == 1:
-            values = values + 0.1 * rng.standard_normal(len(values))
-        elif name not in ("model.embed_tokens.weight", "lm_head.weight"):
-            steps = (0.01 + 0.01 * rng.random((len(values), 1))).astype(np.float16).astype(np.float32)
-            codes = np.where(rng.random(values.shape) < 0.5, np.float32(-1), np.float32(1))
-            if levels[kind_of(name)] == 3:
-                codes *= rng.random(values.shape) > 0.3
-            values = np.float32(SCALES.get(kind_of(name), 1)) * (values + steps * codes)
-        tensors[name] = float32(values)
-    config = replace(base.config, activation=Activation("fatrelu", 0.25))
-    return Model(config, tensors, base.tokenizer, "tuned")
+
+    def change(kind, values):
+        steps = (0.01 + 0.01 * rng.random((len(values), 1))).astype(np.float16).astype(np.float32)
+        codes = np.where(rng.random(values.shape) < 0.5, np.float32(-1), np.float32(1))
+        if levels[kind] == 3:
+            codes *= rng.random(values.shape) > 0.3
+        return np.float32(SCALES.get(kind, 1)) * (values + steps * codes)
+
+    return tuned_by(change, base, rng)
 
 
 def float16(values):

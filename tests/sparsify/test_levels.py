@@ -107,9 +107,11 @@ def test_the_adapter_of_a_run_is_the_trained_model(tmp_path, tiny_model):
         (["--levels", "4", "--from", "M"], "levels are 2 or 3"),
         (["--levels", "3:0", "--from", "M"], "levels are 2 or 3"),
         (["--levels", "3"], "--levels rounds what --from"),
+        (["--concentration", "-1"], "must not be negative"),
+        (["--l1", "0", "--concentration", "1"], "--concentration is for --target"),
     ],
 )
-def test_wrong_levels(tmp_path, tiny_model, capsys, options, said):
+def test_wrong_options(tmp_path, tiny_model, capsys, options, said):
     write_folder(tmp_path / "m", tiny_model(tied=True), "F32")
     options = [str(tmp_path / "m") if option == "M" else option for option in options]
     command = ["sparsify", "-m", str(tmp_path / "m"), "--data", "x", "--out", str(tmp_path / "o")]

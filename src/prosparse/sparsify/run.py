@@ -64,9 +64,8 @@ def _add_method(group: Any) -> None:
     add(
         "--concentration",
         type=float,
-        default=0.1,
         metavar="X",
-        help="weight of few large activations, for --target [0.1]",
+        help="weight of the loss that favours few large activations, for --target [0.1]",
     )
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns faster [adamw]")
     add("--lr", type=float, metavar="X", help="peak learning rate [5e-4, 1e-3 with --lora, or the preset's]")

@@ -79,7 +79,9 @@ def train_config(
         peak = args.lr or (1e-3 if args.lora is not None else 5e-4)
         rate = LearningRate("cosine", peak, max(steps, 2), min(100, steps // 20), args.lr_floor)
     schedule, control = (preset.schedule, None) if preset else _way(args, steps, thresholds)
-    return TrainConfig(
+    if args.concentration is not None and control is None:
+        raise ValueError("--concentration is for --target")
+    config = TrainConfig(
         steps=steps,
         micro_sequences=_micro(args.micro, [read.sequences for read in reads], processes),
         learning_rate=rate,
@@ -88,13 +90,15 @@ def train_config(
         optimizer=args.optimizer,
         matrix_rate=preset.matrix_rate if preset else 1.0,
         control=control,
-        concentration=args.concentration,
         document_mask=args.document_mask,
         bfloat16=bfloat16,
         compile=args.compile,
         recompute=args.recompute,
         checkpoint_every=args.checkpoint_every,
     )
+    if args.concentration is None:
+        return config
+    return replace(config, concentration=args.concentration)
 
 
 def _way(

@@ -57,6 +57,8 @@ class TrainConfig:
         for name in ("steps", "micro_sequences", "checkpoint_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.concentration < math.inf:
+            raise ValueError(f"the weight of concentration must not be negative, not {self.concentration}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"the optimizer is adamw or muon, not {self.optimizer!r}")
         if self.schedule and self.control:
