@@ -1,17 +1,18 @@
 """Muon (Jordan et al. 2024): momentum whose singular values are made equal, for the matrices of a model.
 
-Matrices of one shape are done together, as a few large products instead of thousands of small ones.
+Matrices of one shape are done together, as a few large products instead of thousands of small ones, and where
+several processes hold the same model each does its share of them.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prosparse.sparsify.distributed import full
+from prosparse.sparsify.distributed import World, full
 
 # Newton-Schulz of fifth order: singular values from 0 to 1 come near 1 in five rounds, but not exactly there
 _A, _B, _C, _ROUNDS = 3.4445, -4.7750, 2.0315, 5
@@ -22,11 +23,14 @@ class Muon(torch.optim.Optimizer):
     """Steps of `lr` * 0.2 sqrt(max(rows, columns)) along orthogonalised momentum, without weight decay.
 
     The same as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, faster, and for parameters that are spread
-    over processes too.
+    over processes too. All processes of a `world` must take its steps, and with the same gradients.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, params: Iterable[Any], lr: float, momentum: float = 0.95, world: World | None = None
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self._world = world or World()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim != 2:
@@ -41,19 +45,31 @@ class Muon(torch.optim.Optimizer):
                     alike[tuple(parameter.shape)].append(parameter)
             for shape, parameters in alike.items():
                 rate = group["lr"] * _AS_ADAMW * math.sqrt(max(shape))
-                momenta = [full(self._momentum(p, group["momentum"])).bfloat16() for p in parameters]
-                for parameter, step in zip(parameters, orthogonal(torch.stack(momenta)), strict=True):
-                    parameter.add_(_share(step.to(parameter.dtype), parameter), alpha=-rate)
+                steps = self._orthogonal(self._momenta(parameters, group["momentum"]))
+                moves = [_share(step, p) for step, p in zip(steps, parameters, strict=True)]
+                torch._foreach_add_(parameters, moves, alpha=-rate)
 
-    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _momenta(self, parameters: Sequence[Tensor], momentum: float) -> list[Tensor]:
         """Nesterov's."""
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        kept = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_lerp_(kept, gradients, 1 - momentum)
+        ahead: list[Tensor] = torch._foreach_lerp(gradients, kept, momentum)
+        return ahead
+
+    def _orthogonal(self, momenta: Sequence[Tensor]) -> Tensor:
+        """[n, rows, columns], whole and as precise as the parameters."""
+        world, kind = self._world, momenta[0].dtype
+        if world.size == 1 or world.sharded:
+            return orthogonal(torch.stack([full(m).bfloat16() for m in momenta])).to(kind)
+        each = -(-len(momenta) // world.size)
+        share = torch.zeros(each, *momenta[0].shape, dtype=torch.bfloat16, device=momenta[0].device)
+        if mine := momenta[world.rank :: world.size]:
+            share[: len(mine)] = orthogonal(torch.stack(mine).bfloat16())
+        return world.gathered(share).transpose(0, 1).flatten(0, 1)[: len(momenta)].to(kind)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

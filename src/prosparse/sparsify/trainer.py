@@ -166,7 +166,7 @@ class Trainer:
         others = [p for p in trained if all(p is not other for other in muon)]
         optimizers: list[torch.optim.Optimizer] = []
         if muon:
-            optimizers.append(Muon([{"params": muon, "scale": config.matrix_rate}], lr=0.0))
+            optimizers.append(Muon([{"params": muon, "scale": config.matrix_rate}], lr=0.0, world=self.world))
         groups = [
             {"params": [p for p in others if p.ndim == 2], "scale": config.matrix_rate},
             {"params": [p for p in others if p.ndim != 2], "scale": 1.0},
