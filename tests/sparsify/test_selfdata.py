@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from prosparse.model.chat import CHATML
-from prosparse.sparsify.tokens import Encoder
+from prosparse.sparsify import tokens
+from prosparse.sparsify.tokens import Encoder, TokenStore
 from tiny import byte_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -16,7 +17,7 @@ pytest.importorskip("transformers")
 from prosparse.sparsify import hf_model, sampling, selfdata  # noqa: E402
 from prosparse.sparsify.batches import Mixture  # noqa: E402
 from prosparse.sparsify.sampling import Sampler  # noqa: E402
-from prosparse.sparsify.selfdata import build, generate, starts  # noqa: E402
+from prosparse.sparsify.selfdata import Prompts, build, generate, starts  # noqa: E402
 
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
 ZEPHYR = (
@@ -179,6 +180,57 @@ def test_starts_of_rows(encoder):
         starts(encoder, 1, 1.5)
     with pytest.raises(ValueError, match="chat 0"):
         starts(Encoder(encoder.data, BOS, (EOS,), "hello"), 1, 1.0)
+
+
+@pytest.fixture
+def text(tmp_path, encoder) -> TokenStore:
+    """Forty documents of 0 to 39 letters."""
+    rows = "".join(json.dumps({"text": chr(97 + i % 26) * i or " "}) + "\n" for i in range(40))
+    (tmp_path / "text.jsonl").write_text(rows)
+    return tokens.build(str(tmp_path / "text.jsonl"), encoder, tmp_path / "stores", workers=1)
+
+
+def test_rows_that_go_on_from_text(encoder, text):
+    prompts = Prompts([text, text], [1.0, 0.0], 0.3)
+    rows = starts(encoder, 200, 0.25, prompts, 20, seed=1)
+    conversations = [row for row in rows if IM_START in row]
+    given = [row for row in rows if row not in conversations and len(row) > 1]
+    assert len(conversations) == 50 and len(given) == 60
+    assert max(map(len, given)) == 19  # the text has a BOS of its own
+    for row in given:
+        assert row[0] == BOS and len(set(row[1:])) == 1 and EOS not in row
+    # documents of every length, one token of them at least
+    assert len({row[1] for row in given}) > 20
+    assert rows == starts(encoder, 200, 0.25, prompts, 20, seed=1)
+    assert rows != starts(encoder, 200, 0.25, prompts, 20, seed=2)
+    everything = starts(encoder, 10, 0.5, Prompts([text], [1.0], 1.0))
+    assert sum(len(row) > 1 and IM_START not in row for row in everything) == 5
+    assert starts(encoder, 10, 0.0, prompts, most=1) == [[BOS]] * 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "share", "message"),
+    [
+        ([1.0], 1.5, "0 to 1"),
+        ([1.0, 2.0], 0.5, "one of each"),
+        ([0.0], 0.5, "all 0"),
+        ([-1.0], 0.5, "negative"),
+    ],
+)
+def test_prompts_that_cannot_be(text, weights, share, message):
+    with pytest.raises(ValueError, match=message):
+        Prompts([text], weights, share)
+
+
+def test_a_store_with_prompts_is_another(trunk, encoder, tmp_path, text):
+    plain = small(trunk, encoder, tmp_path)
+    prompted = small(trunk, encoder, tmp_path, prompts=Prompts([text], [1.0], 0.5))
+    assert prompted.folder != plain.folder
+    rows, losses = (values.reshape(10, 40) for values in (prompted.tokens, prompted.loss))
+    given = starts(encoder, 10, 0.5, Prompts([text], [1.0], 0.5), 39, seed=5)
+    for row, loss, start in zip(rows, losses, given, strict=True):
+        assert row[: len(start)].tolist() == start
+        assert loss.tolist() == [0] * len(start) + [1] * (40 - len(start))
 
 
 def test_a_mark_of_turns_begins_no_document(smollm2_path):

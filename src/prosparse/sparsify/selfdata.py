@@ -1,4 +1,5 @@
-"""Training data that the original model writes itself: documents and conversations, sampled once.
+"""Training data that the original model writes itself: documents and conversations, sampled once. Documents
+may go on from how those of other text begin, whose names and subjects the model would seldom come to alone.
 
 A store of `tokens.py`, so it is mixed with other sources or used alone.
 """
@@ -7,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,37 @@ from prosparse.sparsify.hf_model import Trunk
 from prosparse.sparsify.sampling import Sampler
 from prosparse.sparsify.tokens import Encoder, TokenStore, written_store
 
-_VERSION = 2  # of what is sampled: another one finds no older store
+_VERSION = 3  # of what is sampled: another one finds no older store
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 _HERE = "THE-QUESTION-GOES-HERE"
+_GIVEN = 8, 64  # tokens that a row goes on from, at least and at most
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Text whose documents' beginnings a `share` of all rows goes on from. `weights` are of `stores`."""
+
+    stores: Sequence[TokenStore]
+    weights: Sequence[float]
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"the share of rows that go on from text must be 0 to 1, not {self.share}")
+        if not self.stores or len(self.stores) != len(self.weights):
+            raise ValueError(f"{len(self.stores)} sources and {len(self.weights)} weights: give one of each")
+        if min(self.weights) < 0 or not sum(self.weights) > 0:
+            raise ValueError("the weights of text to go on from must not be negative, nor all 0")
+
+    def begin(self, rng: np.random.Generator, most: int) -> list[int]:
+        """How a document begins, drawn by weight: up to `most` tokens of one document."""
+        shares = np.asarray(self.weights) / np.sum(self.weights)
+        store = self.stores[int(rng.choice(len(self.stores), p=shares))]
+        document = int(rng.integers(len(store.offsets) - 1))
+        first, end = (int(place) for place in store.offsets[document : document + 2])
+        # without the mark at its end
+        count = max(1, min(int(rng.integers(_GIVEN[0], _GIVEN[1] + 1)), end - first - 1, most))
+        return [int(token) for token in store.tokens[first : first + count]]
 
 
 def build(
@@ -34,6 +64,7 @@ def build(
     temperature: float = 1.0,
     top_p: float = 1.0,
     chat: float = 0.5,
+    prompts: Prompts | None = None,
     key: str,
     attention: str = "sdpa",
     progress: Callable[[int, int], None] | None = None,
@@ -41,9 +72,10 @@ def build(
     """The store of at least `tokens` tokens, whole rows of `context`, sampled unless `cache` has it.
 
     `key` says which model it is. `chat` is the share of rows that are conversations, if the tokenizer has a
-    chat template. `batch` rows are sampled at a time; finished batches stay in `cache` until the store is
-    whole, so that an interrupted call goes on there. `progress(tokens, of_all)` is called after each. Starts
-    of rows are not to be learnt, all else is. ValueError for settings that cannot be.
+    chat template; `prompts` is what other rows go on from. `batch` rows are sampled at a time; finished
+    batches stay in `cache` until the store is whole, so that an interrupted call goes on there.
+    `progress(tokens, of_all)` is called after each. Starts of rows are not to be learnt, all else is.
+    ValueError for settings that cannot be.
     """
     if tokens < 1 or batch < 1 or context < 2:
         raise ValueError(
@@ -51,7 +83,7 @@ def build(
             "at least 1 token, 1 row and a context of 2 are needed"
         )
     count = -(-tokens // context)
-    rows = starts(encoder, count, chat)
+    rows = starts(encoder, count, chat, prompts, context - 1, seed)
     settings = {
         "model": key,
         "tokenizer": encoder.fingerprint(),
@@ -62,6 +94,7 @@ def build(
         "temperature": temperature,
         "top_p": top_p,
         "chat": chat,
+        "prompts": _described(prompts),
         "version": _VERSION,
     }
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
@@ -133,23 +166,53 @@ def generate(
             torch.cuda.empty_cache()  # training starts with all of the memory
 
 
-def starts(encoder: Encoder, rows: int, chat: float) -> list[list[int]]:
-    """The tokens each row starts with: a document's, or a conversation's up to what the user asks.
+def starts(
+    encoder: Encoder,
+    rows: int,
+    chat: float,
+    prompts: Prompts | None = None,
+    most: int = _GIVEN[1] + 1,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The tokens each row starts with, up to `most`: a document's, with `prompts` also how one begins, or a
+    conversation's up to what the user asks.
 
-    Conversations are spread evenly over the rows; there are none without a chat template.
+    Conversations are spread evenly over the rows, and documents that go on from text over the others; there
+    are no conversations without a chat template.
     """
     if not 0 <= chat <= 1:
         raise ValueError(f"the share of conversations must be between 0 and 1, not {chat}")
     document = _document_start(encoder)
     kinds = _conversations(encoder, rows, chat)
     conversation = _chat_start(encoder) if kinds.any() else []
-    return [conversation if kind else document for kind in kinds]
+    found = [conversation if kind else document for kind in kinds]
+    if prompts is None or most <= len(document):
+        return found
+    others = np.flatnonzero(~kinds)
+    share = prompts.share * rows / max(1, len(others))
+    rng = np.random.default_rng([seed, len(others)])
+    for row in others[_spread(len(others), min(1.0, share))]:
+        text = prompts.begin(rng, most - len(document))
+        found[row] = text if text[: len(document)] == document else [*document, *text]
+    return found
+
+
+def _spread(count: int, share: float) -> np.ndarray:
+    """bool [count]: True for a `share`, evenly spread."""
+    return np.diff(np.floor(np.arange(count + 1) * share)) > 0
+
+
+def _described(prompts: Prompts | None) -> object:
+    if prompts is None:
+        return None
+    sources = [(store.source, len(store.tokens)) for store in prompts.stores]
+    return {"share": prompts.share, "weights": list(prompts.weights), "sources": sources}
 
 
 def _conversations(encoder: Encoder, rows: int, chat: float) -> np.ndarray:
     """bool [rows]: which rows are conversations."""
     share = chat if encoder.chat_template or encoder.tokenizer.chat_template else 0.0
-    return np.diff(np.floor(np.arange(rows + 1) * share)) > 0
+    return _spread(rows, share)
 
 
 def _document_start(encoder: Encoder) -> list[int]:
