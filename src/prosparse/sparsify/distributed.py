@@ -50,9 +50,9 @@ class World:
         """[size, ...]: the `values` of every process, which are of one shape."""
         if self.size == 1:
             return values[None]
-        whole = values.new_empty(self.size * len(values), *values.shape[1:])
-        dist.all_gather_into_tensor(whole, values.contiguous())
-        return whole.unflatten(0, (self.size, len(values)))
+        whole = values.new_empty(self.size, *values.shape)
+        dist.all_gather(list(whole), values.contiguous())
+        return whole
 
     def mean_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Gradients averaged over the processes, in place, by one message; those of a spread model are."""
