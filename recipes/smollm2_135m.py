@@ -82,10 +82,10 @@ class Own:
 OWN = {
     0: Own(30e6, prompted=0.0),
     1: Own(30e6, prompted=0.0),
-    2: Own(42e6),
-    3: Own(42e6),
-    4: Own(42e6, temperature=0.9),
-    5: Own(42e6, temperature=0.8),
+    2: Own(23.5e6),
+    3: Own(23.5e6),
+    4: Own(23.5e6, temperature=0.9),
+    5: Own(23.5e6, temperature=0.8),
 }
 
 

@@ -34,9 +34,11 @@ def trainer(
     shard: bool = False,
     steps: int = 20,
     checkpoint_every: int = 5,
+    device: str = "cpu",
+    compile: bool = False,
 ) -> Trainer:
     """A run of `steps` steps of 4 sequences on the alphabet."""
-    world, place = distributed.join("cpu", shard)
+    world, place = distributed.join(device, shard)
     tokens = np.tile(np.arange(97, 123, dtype=np.uint32), 400)
     offsets = np.arange(0, len(tokens) + 1, 26)
     store = SimpleNamespace(
@@ -56,6 +58,7 @@ def trainer(
         control=TargetControl(0.8, start=0.2, end=0.8),
         checkpoint_every=checkpoint_every,
         optimizer=optimizer,
+        compile=compile,
     )
     teacher = hf_model.load(original, device=place)
     return Trainer(student, teacher, [Feed(mixture, 4, steps)], config, folder, world)

@@ -21,6 +21,7 @@ from prosparse.sparsify.swap import SparseMLP, substitute
 
 # a layer whose threshold stayed 0 is folded as if it were this: no gate lies between
 _SMALLEST = 1e-6
+_CAUSAL = "prosparse_causal"
 
 
 class Trunk(nn.Module):
@@ -163,6 +164,7 @@ def load(model: Model, *, device: torch.device | str = "cpu", dtype: torch.dtype
         else:
             config = AutoConfig.for_model(**values)
             module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            _attend_without_mask(module)
     state = {
         name: torch.from_numpy(tensor.dequantize() - less_one_in_hf(model.config, name)).to(dtype)
         for name, tensor in model.tensors.items()
@@ -175,6 +177,18 @@ def load(model: Model, *, device: torch.device | str = "cpu", dtype: torch.dtype
         raise ValueError(f"transformers' {config.model_type} has other weights: {(missing or unexpected)[0]}")
     module.tie_weights()
     return Trunk(module, substitute(module, model.config.activation))
+
+
+def _attend_without_mask(module: Any) -> None:
+    """PyTorch's fused attention under a name of ours: for its own, transformers makes sure that no mask is
+    needed by waiting for the device, once a forward pass. Windows need a mask."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    kinds = getattr(module.config, "layer_types", None) or []
+    if getattr(module.config, "sliding_window", None) is None and set(kinds) <= {"full_attention"}:
+        AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+        module.set_attn_implementation(_CAUSAL)
 
 
 def to_model(trunk: Trunk, original: Model, type: str = "F32") -> Model:

@@ -21,6 +21,7 @@ from prosparse.sparsify import checkpoint, controller
 from prosparse.sparsify.batches import Batch, Mixture, ahead
 from prosparse.sparsify.controller import TargetControl
 from prosparse.sparsify.distributed import World, full, shard
+from prosparse.sparsify.graphs import Replayed
 from prosparse.sparsify.hf_model import Trunk
 from prosparse.sparsify.losses import LossMix, Teacher, head_loss, states_loss
 from prosparse.sparsify.muon import Muon
@@ -104,11 +105,13 @@ class Trainer:
         self._thresholds = np.array([float(mlp.threshold) for mlp in student.mlps])
         # while only ReLU acts: the sum of densities by layer, and the number of steps
         self._natural = np.zeros(self._layers + 1)
+        self._graphs: _Graphs | None = None
         self._prepare()
         self._trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self._optimizers = self._new_optimizers()
+        norm = config.l1_norm if config.schedule else None
         with_concentration = bool(config.control and config.concentration)
-        self._measures = [_Measure(config.l1_norm, with_concentration) for _ in student.mlps]
+        self._measures = [_Measure(norm, with_concentration) for _ in student.mlps]
         for mlp, measure in zip(student.mlps, self._measures, strict=True):
             mlp.observe = measure
         self._resume()
@@ -158,6 +161,23 @@ class Trainer:
                 trunk.recompute()
             if trunk is not None and self.world.sharded:
                 shard(trunk, config.bfloat16)
+        if self._can_be_recorded():
+            self._graphs = _Graphs(
+                Replayed(self._their_hidden),
+                Replayed(
+                    lambda inputs, targets, learn, hidden: self._learn(
+                        _Lesson(inputs, targets, learn, None, self._teacher_of(hidden)), 0.0, self._parts(1)
+                    ),
+                    self._forget_gradients,
+                ),
+            )
+
+    def _can_be_recorded(self) -> bool:
+        """Whether all micro-batches do the same, by functions of what CUDA graphs can be recorded of."""
+        config = self.config
+        alike = len(self.feeds) == 1 and config.schedule is None and not config.document_mask
+        plain = config.mix.distil > 0 and not config.mix.states and not config.recompute
+        return config.compile and self.device.type == "cuda" and not self.world.sharded and alike and plain
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
         config, trained = self.config, list(self._trained.values())
@@ -185,7 +205,7 @@ class Trainer:
             p.grad = torch.zeros_like(p)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=self._graphs is None)
             for state in optimizer.state.values():
                 for value in state.values():
                     value.zero_()
@@ -226,8 +246,7 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-        feed, _ = self._feed_at(step)
-        parts = feed.sequences // config.micro_sequences // self.world.size
+        parts = self._parts(step)
         measured = torch.zeros(4 + self._layers, device=self.device)
         lesson = self._lesson or self._taught(next(batches))
         for part in range(parts):
@@ -245,7 +264,7 @@ class Trainer:
         for optimizer in self._optimizers:
             if taken:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         self._count_bad(taken, loss)
         layers = np.array(sparsity)
         wanted = self._steer(1 - layers) if taken else None
@@ -264,23 +283,57 @@ class Trainer:
             "seconds": time.perf_counter() - start,
         } | ({} if taken else {"skipped": True})
 
+    def _parts(self, step: int) -> int:
+        """Micro-batches of this process in a step."""
+        feed, _ = self._feed_at(step)
+        return feed.sequences // self.config.micro_sequences // self.world.size
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=self._graphs is None)  # a graph adds to tensors that stay
+
     def _taught(self, batch: Batch) -> "_Lesson":
         """A batch on this device, with what the original makes of it."""
         config = self.config
-        tokens = torch.from_numpy(batch.tokens).to(self.device, non_blocking=True)
-        learn = torch.from_numpy(batch.loss[:, 1:]).to(self.device).reshape(-1)
-        document = torch.from_numpy(batch.document[:, :-1]).to(self.device) if config.document_mask else None
+        tokens = self._sent(batch.tokens)
+        learn = self._sent(batch.loss[:, 1:]).reshape(-1)
+        document = self._sent(batch.document[:, :-1]) if config.document_mask else None
         inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
         theirs = None
-        if self.teacher is not None and config.mix.taught:
-            with torch.no_grad(), self._narrow():
-                hidden = self.teacher(inputs, document).flatten(0, 1)
-                states = self.teacher.states() if config.mix.states else ()
-                theirs = Teacher(hidden, self.teacher.head, states)
+        if config.mix.taught:
+            if self._graphs is not None:
+                hidden = self._graphs.teach(inputs)
+            else:
+                hidden = self._their_hidden(inputs, document)
+            theirs = self._teacher_of(hidden)
         return _Lesson(inputs, targets, learn, document, theirs)
+
+    def _sent(self, values: np.ndarray) -> Tensor:
+        """On this device; what a GPU still has to do is not waited for."""
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _their_hidden(self, inputs: Tensor, document: Tensor | None = None) -> Tensor:
+        """What the original's head multiplies, [tokens, d]."""
+        assert self.teacher is not None
+        with torch.no_grad(), self._narrow():
+            hidden: Tensor = self.teacher(inputs, document)
+            return hidden.flatten(0, 1)
+
+    def _teacher_of(self, hidden: Tensor) -> Teacher:
+        assert self.teacher is not None
+        return Teacher(hidden, self.teacher.head, self.teacher.states() if self.config.mix.states else ())
 
     def _backward(self, lesson: "_Lesson", factor: float, parts: int) -> Tensor:
         """Adds one micro-batch's gradients. [loss, next-token loss, KL, states loss, sparsity by layer]."""
+        if self._graphs is None:
+            return self._learn(lesson, factor, parts)
+        assert lesson.theirs is not None
+        return self._graphs.learn(lesson.inputs, lesson.targets, lesson.learn, lesson.theirs.hidden)
+
+    def _learn(self, lesson: "_Lesson", factor: float, parts: int) -> Tensor:
         config = self.config
 
         def losses(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -379,6 +432,12 @@ class _Lesson:
     theirs: Teacher | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Graphs:
+    teach: Replayed  # _their_hidden
+    learn: Replayed  # _learn
+
+
 class _Numbers:
     """Numbers on their way from the device: what is launched after them is not waited for."""
 
@@ -399,14 +458,15 @@ class _Numbers:
 
 
 class _Measure:
-    """What one MLP's x1 is asked for, kept until the backward pass has used it."""
+    """What one MLP's x1 is asked for, kept until the backward pass has used it. `norm`: of L1, if it is."""
 
-    def __init__(self, norm: Norm, with_concentration: bool) -> None:
+    def __init__(self, norm: Norm | None, with_concentration: bool) -> None:
         self._norm, self._with_concentration = norm, with_concentration
         self.l1 = self.concentration = self.sparsity = torch.zeros(())
 
     def __call__(self, x1: Tensor) -> None:
-        self.l1 = l1(x1, self._norm)
+        if self._norm:
+            self.l1 = l1(x1, self._norm)
         self.sparsity = (x1.detach() == 0).float().mean()
         if self._with_concentration:
             self.concentration = concentration(x1)
