@@ -70,14 +70,26 @@ def test_the_table_comes_from_saved_results(smollm2):
     losses, benchmarks = (part.splitlines() for part in text.split("\n\n"))
     names = [name for name in smollm2.LEGS if name != "trunk"]  # that one was stopped: nothing was saved
     reports = {name: smollm2.RESULTS / name / "report.json" for name in names}
-    rows = {name: json.loads(path.read_text())["rows"] for name, path in reports.items()}
+    rows = {
+        name: {Path(row["source"]).name: row for row in json.loads(path.read_text())["rows"]}
+        for name, path in reports.items()
+    }
     assert losses[0] == "| held-out text | original | " + " | ".join(names) + " |"
-    assert len(losses) == 3 + len(rows["90"]) + 1
-    row = rows["90"][2]
-    cell = next(line for line in losses if line.startswith("| openstax")).split(" | ")
-    assert cell[2 + names.index("90")].startswith(f"{row['sparse'] - row['original']:+.3f}")
-    assert [line.split(" | ")[0] for line in benchmarks[2:4]] == ["| original", "| 90"]
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[2:] for line in losses[2:]}
+    openstax = rows["90"]["openstax"]
+    gap = openstax["sparse"] - openstax["original"]
+    assert cells["openstax"][names.index("90")].startswith(f"{gap:+.3f}")
+    # legs were measured on samples of their own; the last line compares what all of them read
+    own = cells["its own text, seed 2"]
+    assert own[names.index("second")] == "-" != own[names.index("90")]
+    shared = [row for name, row in rows["90"].items() if "its own text" not in name]
+    total = sum(row["tokens"] * (row["sparse"] - row["original"]) for row in shared)
+    mean = total / sum(row["tokens"] for row in shared)
+    assert len(shared) == 8
+    assert cells["all but its own"][names.index("90")].startswith(f"{mean:+.3f}")
+    lines = {line.split(" | ")[0].strip("| "): line for line in benchmarks[2:]}
+    assert list(lines) == ["original", "second", "adapter", "90", "95", "adapter_2"]
     tasks = json.loads((smollm2.RESULTS / "90" / "eval.json").read_text())["tasks"]
-    assert f"{100 * tasks['lambada']['value']:.2f}" in benchmarks[3]
+    assert f"{100 * tasks['lambada']['value']:.2f}" in lines["90"]
     mean = statistics.mean(task["value"] for name, task in tasks.items() if name != "wikitext2")
-    assert benchmarks[3].endswith(f"| {100 * mean:.2f} |")
+    assert lines["90"].endswith(f"| {100 * mean:.2f} |")
