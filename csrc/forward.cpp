@@ -18,13 +18,6 @@ int items_for(size_t bytes, int n_threads) {
     return int(std::clamp<size_t>(by_size, 1, n_threads == 1 ? 1 : size_t(n_threads) * 6));
 }
 
-// The item that the k-th claim of a job means: threads that claim in turns then read one stream each, so that
-// what a core requests ahead at an item's end is what it wants next.
-int in_stream(int k, int items, int n_threads) {
-    const int t = k % n_threads, each = items / n_threads, longer = items % n_threads;
-    return t * each + std::min(t, longer) + k / n_threads;
-}
-
 // Skipping pays while active neurons, read and computed one by one, cost less than all of them in one stream.
 constexpr double kDenseAbove = 0.40;
 constexpr int kDenseTokens = 16;  // in a row, before the layout is given up
@@ -97,7 +90,8 @@ void Model::attend_token(Layer& l, int index, Cache& cache) {
         k_.to_half(&w.v[size_t(h * hd)], hd, cache.v(index, h) + size_t(pos) * size_t(pad));
     }
     const float scale = 1.0f / std::sqrt(float(hd));
-    pool_->run(c.num_attention_heads, [&](int h, int thread) {
+    pool_->run(c.num_attention_heads, [&](int i, int thread) {
+        const int h = in_stream(i, c.num_attention_heads, n_threads());
         float q[1024], out[1024];  // zero-padded copies
         std::memset(q, 0, size_t(pad) * 4);
         std::memcpy(q, &w.q[size_t(h * hd)], size_t(hd) * 4);

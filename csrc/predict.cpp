@@ -120,7 +120,8 @@ void Model::ffn_predicted(Layer& l) {
     stats.decode_bytes += predict(l);
     const int groups = (n.count + kGroup - 1) / kGroup, width = round_up(n.width, 64);
     const int segments = std::min(kSegments, groups);
-    pool_->run(segments, [&](int s, int) {
+    pool_->run(segments, [&](int k, int) {
+        const int s = in_stream(k, segments, n_threads());
         predicted_segment(l, groups * s / segments, groups * (s + 1) / segments,
                           &w.partial[size_t(s) * size_t(width)], s);
     });

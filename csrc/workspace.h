@@ -51,6 +51,13 @@ struct ActBuffer {
     }
 };
 
+// The item that the k-th claim of a job means: threads that claim in turns then read one stream each, so that
+// what a core requests ahead at an item's end is what it wants next.
+inline int in_stream(int k, int items, int n_threads) {
+    const int t = k % n_threads, each = items / n_threads, longer = items % n_threads;
+    return t * each + std::min(t, longer) + k / n_threads;
+}
+
 // Requests a range into the second-level cache.
 inline void prefetch(const uint8_t* p, size_t bytes) {
     for (size_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(p + i, 0, 2);

@@ -64,8 +64,9 @@ static inline float dot_float(const uint8_t* row, int cols, const Acts* x, Ahead
 }
 
 #if defined(PS_AVX512)
+// The product in 16 lanes that are still to be added up.
 template <Type T, class Ahead>
-static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x, Ahead ahead) {
+static inline __m512 dot_lanes(const uint8_t* row, int cols, const Acts* x, Ahead ahead) {
     const int chunks = round_up(cols, 64) / 64;
     const uint16_t *scales = (const uint16_t*)(row + code_bytes(T, cols)), *mins = scales + 2 * chunks;
     const int8_t *hi = x->hi, *lo = x->lo;
@@ -106,7 +107,47 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x, A
         for (int k = 0; c + k < chunks; k++) even = chunk(c + k, k, s, even);
     }
     const __m512 factor = _mm512_set1_ps(has_min(T) ? 1.0f : -float(code_offset(T)));
-    return _mm512_reduce_add_ps(_mm512_fmadd_ps(corr, factor, _mm512_add_ps(even, odd)));
+    return _mm512_fmadd_ps(corr, factor, _mm512_add_ps(even, odd));
+}
+
+template <Type T, class Ahead>
+static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x, Ahead ahead) {
+    return _mm512_reduce_add_ps(dot_lanes<T>(row, cols, x, ahead));
+}
+
+// The sums of 16 vectors, each added up in the order of _mm512_reduce_add_ps, so that rows computed side by
+// side and rows by themselves agree bit for bit.
+static inline __m512 sums_of(const __m512 v[16]) {
+    __m512 a[8], b[4], c[2];
+    unroll<8>([&](auto i) {
+        const __m512 p = v[i], q = v[i + 8];
+        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xee));
+    });
+    unroll<4>([&](auto i) {
+        const __m512 p = a[i], q = a[i + 4];
+        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
+    });
+    // each lane of 128 bits holds one row's sums: of row i, i + 8, i + 4 and i + 12
+    unroll<2>([&](auto i) {
+        const __m512d p = _mm512_castps_pd(b[i]), q = _mm512_castps_pd(b[i + 2]);
+        c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    });
+    const __m512 d = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
+    const __m512i in_order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    return _mm512_permutexvar_ps(in_order, d);
+}
+
+// Rows this short, as a predictor's second matrix has, are computed sixteen side by side: adding up the lanes
+// of each by itself would take longer than its products.
+constexpr int kShort = 448;  // columns: less than 16 blocks
+template <Type T>
+static inline void dot_16_rows(const Matrix* w, int r, const Acts* x, float* out) {
+    const Stream ahead{w->row(r)};
+    for (size_t i = 0; i < 16 * w->stride; i += 64) ahead.request<64>(i);
+    __m512 lanes[16];
+    for (int i = 0; i < 16; i++) lanes[i] = dot_lanes<T>(w->row(r + i), w->cols, x, Nothing{});
+    _mm512_storeu_ps(out, sums_of(lanes));
 }
 #elif defined(PS_AVX2)
 static inline __m256i load256(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
@@ -223,9 +264,19 @@ static inline float dot_row(const uint8_t* row, int cols, const Acts* x, Ahead a
         return dot_float<T>(row, cols, x, ahead);
 }
 
+template <Type T>
+static inline void dot_rows(const Matrix* w, int r0, int r1, const Acts* x, float* out) {
+    int r = r0;
+#if defined(PS_AVX512)
+    if constexpr (quantized(T))
+        if (w->cols <= kShort)
+            for (; r + 16 <= r1; r += 16) dot_16_rows<T>(w, r, x, out + (r - r0));
+#endif
+    for (; r < r1; r++) out[r - r0] = dot_row<T>(w->row(r), w->cols, x, Stream{w->row(r)});
+}
+
 void matvec(const Matrix* w, int r0, int r1, const Acts* x, float* out) {
-#define PS_CALL(T) \
-    for (int r = r0; r < r1; r++) out[r - r0] = dot_row<T>(w->row(r), w->cols, x, Stream{w->row(r)})
+#define PS_CALL(T) dot_rows<T>(w, r0, r1, x, out)
     PS_BY_TYPE(w->type, PS_CALL)
 #undef PS_CALL
 }

@@ -128,6 +128,17 @@ def test_bits_do_not_depend_on_threads_or_runs(tiny_model, type, mode):
         assert np.array_equal(steps, results[0][1])
 
 
+@pytest.mark.parametrize("type", [t for t in TYPES if t.startswith("Q")])
+@pytest.mark.parametrize("hidden", [32, 96, 416, 448])
+def test_short_rows_side_by_side(tiny_model, type, hidden):
+    """Threads cut the head in other places: what was computed side by side is then computed by itself."""
+    model = tiny_model(type=type, hidden=hidden, vocab=6007)
+    expected = decode(LLM(model, n_threads=1), TOKENS[:4])
+    for threads in (2, 3, 5):
+        assert np.array_equal(decode(LLM(model, n_threads=threads), TOKENS[:4]), expected)
+    close(expected, decode(LLM(model, backend="naive"), TOKENS[:4]))
+
+
 def test_threads_can_change(tiny_model):
     llm = LLM(tiny_model(), n_threads=1)
     before = decode(llm, TOKENS)
