@@ -29,9 +29,10 @@ from prosparse.model.names import expected_tensors
 from prosparse.model.tokenizer import TokenizerData
 from prosparse.sparsify import distributed, hf_model
 from prosparse.sparsify.batches import Mixture
+from prosparse.sparsify.config import TrainConfig
 from prosparse.sparsify.controller import TargetControl
 from prosparse.sparsify.schedule import LearningRate
-from prosparse.sparsify.trainer import Feed, TrainConfig, Trainer
+from prosparse.sparsify.trainer import Feed, Trainer
 
 CONTEXT, SEQUENCES, WARMUP = 1024, 64, 5
 

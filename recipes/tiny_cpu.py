@@ -39,10 +39,11 @@ from prosparse.model.names import expected_tensors
 from prosparse.model.tokenizer import Tokenizer, TokenizerData
 from prosparse.sparsify import hf_model, progress, tokens
 from prosparse.sparsify.batches import Batch, Mixture
+from prosparse.sparsify.config import TrainConfig
 from prosparse.sparsify.losses import LossMix
 from prosparse.sparsify.measure import measure
 from prosparse.sparsify.schedule import LearningRate
-from prosparse.sparsify.trainer import Feed, TrainConfig, Trainer
+from prosparse.sparsify.trainer import Feed, Trainer
 
 END = "<|endoftext|>"
 VOCAB, WIDTH, FFN, LAYERS, HEADS = 1024, 96, 768, 2, 3  # 0.6 M weights, 72 % of them in FFNs

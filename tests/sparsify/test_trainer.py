@@ -15,11 +15,12 @@ pytest.importorskip("transformers")
 hf_model = pytest.importorskip("prosparse.sparsify.hf_model")
 from prosparse.sparsify import checkpoint  # noqa: E402
 from prosparse.sparsify.batches import Mixture  # noqa: E402
+from prosparse.sparsify.config import TrainConfig  # noqa: E402
 from prosparse.sparsify.controller import TargetControl  # noqa: E402
 from prosparse.sparsify.distributed import World  # noqa: E402
 from prosparse.sparsify.losses import LossMix  # noqa: E402
 from prosparse.sparsify.schedule import LambdaSchedule, LearningRate  # noqa: E402
-from prosparse.sparsify.trainer import Feed, TrainConfig, Trainer  # noqa: E402
+from prosparse.sparsify.trainer import Feed, Trainer  # noqa: E402
 
 CONTEXT = 32
 
@@ -128,7 +129,7 @@ def test_l1_lowers_x1(tiny_model, mixture, tmp_path):
         schedule = LambdaSchedule.constant(1, factor, 30)
         run = trainer(tiny_model(), mixture, config(30, schedule=schedule), tmp_path / str(factor), "relu")
         run.run()
-        sums[factor] = sum(measure.l1.item() for measure in run._measures)
+        sums[factor] = sum(measure.l1.item() for measure in run._lessons._measures)
     assert sums[2.0] < 0.7 * sums[0.0]
 
 

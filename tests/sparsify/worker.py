@@ -17,9 +17,10 @@ from prosparse.model.activation import Activation
 from prosparse.model.adapter import parse_ranks
 from prosparse.sparsify import distributed, hf_model, lora
 from prosparse.sparsify.batches import Mixture
+from prosparse.sparsify.config import TrainConfig
 from prosparse.sparsify.controller import TargetControl
 from prosparse.sparsify.schedule import LearningRate
-from prosparse.sparsify.trainer import Feed, TrainConfig, Trainer
+from prosparse.sparsify.trainer import Feed, Trainer
 from tiny import make_tiny
 
 CONTEXT = 32

@@ -1,15 +1,43 @@
-"""Functions of tensors recorded once as CUDA graphs: a thousand kernels are then launched as one."""
+"""What keeps a GPU busy: nothing is waited for, and what is done again and again is launched as one."""
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _WARM_UP = 3  # calls before recording: what a first one compiles or sets up must not be recorded
 
 
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """`values` on a device, without waiting for what a GPU still has to do."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class Numbers:
+    """Numbers on their way from the device: what is launched after them is not waited for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[float] = self._values.tolist()
+        return numbers
+
+
 class Replayed:
-    """`function` of CUDA tensors to one, whose inputs always have the shapes of the first call's.
+    """`function` of CUDA tensors to one, recorded as a CUDA graph. Inputs have the shapes of the first call.
 
     It must neither wait for the device nor read what changes, but for tensors changed in place. What it
     returns is overwritten by the next call. `undo` is called after the warm-up, to take back what that did.

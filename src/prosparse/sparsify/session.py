@@ -23,6 +23,7 @@ from prosparse.model.fold import unfold_thresholds
 from prosparse.model.model import Model
 from prosparse.sparsify import coded, hf_model, lora, progress, report, selfdata, settings, tokens
 from prosparse.sparsify.batches import Mixture
+from prosparse.sparsify.config import TrainConfig
 from prosparse.sparsify.corpus import Source
 from prosparse.sparsify.distributed import World
 from prosparse.sparsify.hf_model import Trunk
@@ -30,7 +31,7 @@ from prosparse.sparsify.loggers import open_loggers
 from prosparse.sparsify.presets import Preset
 from prosparse.sparsify.settings import Reading
 from prosparse.sparsify.tokens import TokenStore
-from prosparse.sparsify.trainer import Feed, TrainConfig, Trainer
+from prosparse.sparsify.trainer import Feed, Trainer
 
 _SAMPLED_AT_ONCE = 1024  # rows of self-generated text, on a GPU
 

@@ -13,7 +13,7 @@ from prosparse.sparsify.presets import Phase, Preset
 from prosparse.sparsify.schedule import LambdaSchedule, LearningRate
 
 if TYPE_CHECKING:
-    from prosparse.sparsify.trainer import TrainConfig
+    from prosparse.sparsify.config import TrainConfig
 
 # what may differ between a run and the same command again: none of it changes what is learnt
 _FREE = ("prosparse", "torch", "device", "processes")
@@ -69,8 +69,8 @@ def train_config(
     thresholds: bool = False,
 ) -> "TrainConfig":
     """The run the options describe. `thresholds`: the model it starts from has some already."""
+    from prosparse.sparsify.config import TrainConfig
     from prosparse.sparsify.losses import LossMix
-    from prosparse.sparsify.trainer import TrainConfig
 
     steps = reads[-1].until
     if preset:

@@ -9,9 +9,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,51 +19,12 @@ from torch import Tensor
 
 from prosparse.sparsify import checkpoint, controller
 from prosparse.sparsify.batches import Batch, Mixture, ahead
-from prosparse.sparsify.controller import TargetControl
+from prosparse.sparsify.config import TrainConfig
 from prosparse.sparsify.distributed import World, full, shard
-from prosparse.sparsify.graphs import Replayed
+from prosparse.sparsify.gpu import Numbers
 from prosparse.sparsify.hf_model import Trunk
-from prosparse.sparsify.losses import LossMix, Teacher, head_loss, states_loss
+from prosparse.sparsify.lessons import Lesson, Lessons
 from prosparse.sparsify.muon import Muon
-from prosparse.sparsify.regularizer import Norm, concentration, l1
-from prosparse.sparsify.schedule import LambdaSchedule, LearningRate
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """One run. `schedule` is the paper's path, `control` that of a target; with neither, the activation is
-    merely trained with."""
-
-    steps: int
-    micro_sequences: int  # at a time; a step accumulates over them
-    learning_rate: LearningRate
-    mix: LossMix = field(default_factory=LossMix)
-    schedule: LambdaSchedule | None = None
-    l1_norm: Norm = "mean"
-    control: TargetControl | None = None
-    concentration: float = 0.1  # weight of that regulariser, under control
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    matrix_rate: float = 1.0  # matrices multiply the learning rate by it (muP)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float = 1.0  # norm of the gradients
-    document_mask: bool = False  # tokens see only their own document
-    bfloat16: bool = False  # products in bfloat16, weights stay float32
-    compile: bool = False
-    recompute: bool = False  # activations of a layer are computed again for its gradients, not kept
-    checkpoint_every: int = 200
-    max_bad_steps: int = 10  # in a row
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "micro_sequences", "checkpoint_every", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.concentration < math.inf:
-            raise ValueError(f"the weight of concentration must not be negative, not {self.concentration}")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"the optimizer is adamw or muon, not {self.optimizer!r}")
-        if self.schedule and self.control:
-            raise ValueError("give a schedule of lambda or a target, not both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +61,15 @@ class Trainer:
         self.device = student.head.device
         self.step = 0
         self.bad_steps = 0
-        self._lesson: _Lesson | None = None  # of the next step
+        self._lesson: Lesson | None = None  # of the next step
         self._layers = len(student.mlps)
         self._thresholds = np.array([float(mlp.threshold) for mlp in student.mlps])
         # while only ReLU acts: the sum of densities by layer, and the number of steps
         self._natural = np.zeros(self._layers + 1)
-        self._graphs: _Graphs | None = None
         self._prepare()
+        self._lessons = Lessons(student, teacher, config, self.world)
         self._trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self._optimizers = self._new_optimizers()
-        norm = config.l1_norm if config.schedule else None
-        with_concentration = bool(config.control and config.concentration)
-        self._measures = [_Measure(norm, with_concentration) for _ in student.mlps]
-        for mlp, measure in zip(student.mlps, self._measures, strict=True):
-            mlp.observe = measure
         self._resume()
 
     def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -161,23 +117,6 @@ class Trainer:
                 trunk.recompute()
             if trunk is not None and self.world.sharded:
                 shard(trunk, config.bfloat16)
-        if self._can_be_recorded():
-            self._graphs = _Graphs(
-                Replayed(self._their_hidden),
-                Replayed(
-                    lambda inputs, targets, learn, hidden: self._learn(
-                        _Lesson(inputs, targets, learn, None, self._teacher_of(hidden)), 0.0, self._parts(1)
-                    ),
-                    self._forget_gradients,
-                ),
-            )
-
-    def _can_be_recorded(self) -> bool:
-        """Whether all micro-batches do the same, by functions of what CUDA graphs can be recorded of."""
-        config = self.config
-        alike = len(self.feeds) == 1 and config.schedule is None and not config.document_mask
-        plain = config.mix.distil > 0 and not config.mix.states and not config.recompute
-        return config.compile and self.device.type == "cuda" and not self.world.sharded and alike and plain
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
         config, trained = self.config, list(self._trained.values())
@@ -205,10 +144,10 @@ class Trainer:
             p.grad = torch.zeros_like(p)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=self._graphs is None)
             for state in optimizer.state.values():
                 for value in state.values():
                     value.zero_()
+        self._lessons.forget()
         return optimizers
 
     def _feed_at(self, step: int) -> tuple[Feed, int]:
@@ -246,25 +185,26 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-        parts = self._parts(step)
+        feed, _ = self._feed_at(step)
+        parts = feed.sequences // config.micro_sequences // self.world.size
         measured = torch.zeros(4 + self._layers, device=self.device)
-        lesson = self._lesson or self._taught(next(batches))
+        lesson = self._lesson or self._lessons.of(next(batches))
         for part in range(parts):
-            measured += self._backward(lesson, factor, parts) / parts
+            measured += self._lessons.learn(lesson, factor, 1 / parts) / parts
             if part + 1 < parts:
-                lesson = self._taught(next(batches))
+                lesson = self._lessons.of(next(batches))
         self.world.mean_gradients(self._trained.values())
         norm = full(torch.nn.utils.clip_grad_norm_(self._trained.values(), config.clip))
-        numbers = _Numbers(torch.cat([self.world.mean(measured), norm[None]]))
+        numbers = Numbers(torch.cat([self.world.mean(measured), norm[None]]))
         # a GPU has this to do while the numbers are waited for and the optimizer's kernels are launched
         coming = next(batches, None)
-        self._lesson = None if coming is None else self._taught(coming)
+        self._lesson = None if coming is None else self._lessons.of(coming)
         loss, next_token, kl, states, *sparsity, norm = numbers.read()
         taken = math.isfinite(loss) and math.isfinite(norm)
         for optimizer in self._optimizers:
             if taken:
                 optimizer.step()
-        self._forget_gradients()
+        self._lessons.forget()
         self._count_bad(taken, loss)
         layers = np.array(sparsity)
         wanted = self._steer(1 - layers) if taken else None
@@ -282,89 +222,6 @@ class Trainer:
             "tokens": self.tokens_until(step),
             "seconds": time.perf_counter() - start,
         } | ({} if taken else {"skipped": True})
-
-    def _parts(self, step: int) -> int:
-        """Micro-batches of this process in a step."""
-        feed, _ = self._feed_at(step)
-        return feed.sequences // self.config.micro_sequences // self.world.size
-
-    def _forget_gradients(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=self._graphs is None)  # a graph adds to tensors that stay
-
-    def _taught(self, batch: Batch) -> "_Lesson":
-        """A batch on this device, with what the original makes of it."""
-        config = self.config
-        tokens = self._sent(batch.tokens)
-        learn = self._sent(batch.loss[:, 1:]).reshape(-1)
-        document = self._sent(batch.document[:, :-1]) if config.document_mask else None
-        inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
-        theirs = None
-        if config.mix.taught:
-            if self._graphs is not None:
-                hidden = self._graphs.teach(inputs)
-            else:
-                hidden = self._their_hidden(inputs, document)
-            theirs = self._teacher_of(hidden)
-        return _Lesson(inputs, targets, learn, document, theirs)
-
-    def _sent(self, values: np.ndarray) -> Tensor:
-        """On this device; what a GPU still has to do is not waited for."""
-        tensor = torch.from_numpy(values)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
-    def _their_hidden(self, inputs: Tensor, document: Tensor | None = None) -> Tensor:
-        """What the original's head multiplies, [tokens, d]."""
-        assert self.teacher is not None
-        with torch.no_grad(), self._narrow():
-            hidden: Tensor = self.teacher(inputs, document)
-            return hidden.flatten(0, 1)
-
-    def _teacher_of(self, hidden: Tensor) -> Teacher:
-        assert self.teacher is not None
-        return Teacher(hidden, self.teacher.head, self.teacher.states() if self.config.mix.states else ())
-
-    def _backward(self, lesson: "_Lesson", factor: float, parts: int) -> Tensor:
-        """Adds one micro-batch's gradients. [loss, next-token loss, KL, states loss, sparsity by layer]."""
-        if self._graphs is None:
-            return self._learn(lesson, factor, parts)
-        assert lesson.theirs is not None
-        return self._graphs.learn(lesson.inputs, lesson.targets, lesson.learn, lesson.theirs.hidden)
-
-    def _learn(self, lesson: "_Lesson", factor: float, parts: int) -> Tensor:
-        config = self.config
-
-        def losses(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return head_loss(
-                hidden.flatten(0, 1),
-                head,
-                lesson.targets,
-                lesson.learn,
-                config.mix,
-                lesson.theirs,
-                compiled=config.compile,
-            )
-
-        with self._narrow():
-            loss, next_token, kl = self.student(lesson.inputs, lesson.document, losses)
-        states = torch.zeros((), device=self.device)
-        if config.mix.states:
-            assert lesson.theirs is not None
-            states = states_loss(self.student.states(), lesson.theirs.states, config.compile)
-            loss = loss + config.mix.states * states
-        if factor:
-            loss = loss + factor * torch.stack([m.l1 for m in self._measures]).sum()
-        if config.control and config.concentration:
-            loss = loss + config.concentration * torch.stack([m.concentration for m in self._measures]).mean()
-        # before the backward pass, which may compute activations anew
-        sparsity = torch.stack([m.sparsity for m in self._measures])
-        (loss / parts).backward()
-        return torch.cat([torch.stack([loss.detach(), next_token, kl, states.detach()]), sparsity])
-
-    def _narrow(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
 
     def _steer(self, densities: np.ndarray) -> float | None:
         """Moves the thresholds after a step; the overall sparsity that was wanted."""
@@ -418,58 +275,6 @@ class Trainer:
                 mlp.threshold.fill_(threshold)
         if self.world.is_main:
             _forget_after(self.folder / "metrics.jsonl", self.step)
-
-
-@dataclass(frozen=True, slots=True)
-class _Lesson:
-    """Tokens int64 [sequences, context], what follows each of them [sequences * context], whether it is to be
-    learnt, the document it is in, and what the original makes of it."""
-
-    inputs: Tensor
-    targets: Tensor
-    learn: Tensor
-    document: Tensor | None
-    theirs: Teacher | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Graphs:
-    teach: Replayed  # _their_hidden
-    learn: Replayed  # _learn
-
-
-class _Numbers:
-    """Numbers on their way from the device: what is launched after them is not waited for."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._event = None
-        self._values = values
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def read(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        numbers: list[float] = self._values.tolist()
-        return numbers
-
-
-class _Measure:
-    """What one MLP's x1 is asked for, kept until the backward pass has used it. `norm`: of L1, if it is."""
-
-    def __init__(self, norm: Norm | None, with_concentration: bool) -> None:
-        self._norm, self._with_concentration = norm, with_concentration
-        self.l1 = self.concentration = self.sparsity = torch.zeros(())
-
-    def __call__(self, x1: Tensor) -> None:
-        if self._norm:
-            self.l1 = l1(x1, self._norm)
-        self.sparsity = (x1.detach() == 0).float().mean()
-        if self._with_concentration:
-            self.concentration = concentration(x1)
 
 
 def _forget_after(log: Path, step: int) -> None:
