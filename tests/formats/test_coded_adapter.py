@@ -45,7 +45,7 @@ def base(tiny_model):
     return tiny_model(type="Q4_1", hidden=64, intermediate=96, tied=True)
 
 
-@pytest.fixture(params=["3", "2", "3:2"])
+@pytest.fixture(params=["3", "2", "3:2", "3,gate_proj=2,v_proj=2"])
 def levels(request):
     return parse_levels(request.param)
 

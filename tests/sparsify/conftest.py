@@ -1,10 +1,27 @@
 """A small model and a text to train it on."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from prosparse.formats.hf import write_folder
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    """The alphabet again and again, in sequences of 32."""
+    from prosparse.sparsify.batches import Mixture
+
+    tokens = np.tile(np.arange(97, 123, dtype=np.uint32), 400)
+    store = SimpleNamespace(
+        tokens=tokens,
+        loss=np.ones(len(tokens), np.uint8),
+        offsets=np.arange(0, len(tokens) + 1, 26),
+        source="alphabet",
+    )
+    return Mixture([store], [1.0], context=32, seed=0, vocab_size=288)
 
 
 @pytest.fixture

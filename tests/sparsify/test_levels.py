@@ -106,6 +106,8 @@ def test_the_adapter_of_a_run_is_the_trained_model(tmp_path, tiny_model):
     [
         (["--levels", "4", "--from", "M"], "levels are 2 or 3"),
         (["--levels", "3:0", "--from", "M"], "levels are 2 or 3"),
+        (["--levels", "3,gate_proj=0", "--from", "M"], "levels are 2 or 3"),
+        (["--levels", "3,gate=2", "--from", "M"], "levels of 'gate': the kinds of matrices are gate_proj"),
         (["--levels", "3"], "--levels rounds what --from"),
         (["--concentration", "-1"], "must not be negative"),
         (["--l1", "0", "--concentration", "1"], "--concentration is for --target"),

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from prosparse.sparsify.losses import LossMix  # noqa: E402
 from prosparse.sparsify.schedule import LambdaSchedule, LearningRate  # noqa: E402
 from prosparse.sparsify.trainer import Feed, Trainer  # noqa: E402
 
-CONTEXT = 32
+CONTEXT = 32  # of `mixture`
 
 
 @pytest.fixture(autouse=True)
@@ -31,18 +30,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def mixture() -> Mixture:
-    tokens = np.tile(np.arange(97, 123, dtype=np.uint32), 400)
-    store = SimpleNamespace(
-        tokens=tokens,
-        loss=np.ones(len(tokens), np.uint8),
-        offsets=np.arange(0, len(tokens) + 1, 26),
-        source="alphabet",
-    )
-    return Mixture([store], [1.0], context=CONTEXT, seed=0, vocab_size=288)
 
 
 def with_activation(model: Model, activation: Activation) -> Model:

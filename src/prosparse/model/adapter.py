@@ -150,14 +150,24 @@ def parse_ranks(text: str) -> dict[str, int]:
 
 
 def parse_levels(text: str) -> dict[str, int]:
-    """By kind of matrix, of `L` or `FFN:ATTENTION`; kinds with 0, which are to be factors, are left out."""
-    ffn, attention = _pair(text)
-    if not {ffn, attention} <= {"0", "2", "3"}:
+    """By kind of matrix, of `L` or `FFN:ATTENTION` and exceptions, as `3,gate_proj=2`.
+
+    Kinds with 0, which are to be factors, are left out.
+    """
+    first, *exceptions = text.split(",")
+    ffn, attention = _pair(first)
+    levels = dict.fromkeys(FFN, ffn) | dict.fromkeys(ATTENTION, attention)
+    for exception in exceptions:
+        kind, _, number = exception.partition("=")
+        if kind not in levels:
+            raise ValueError(f"levels of {kind!r}: the kinds of matrices are {', '.join(levels)}")
+        levels[kind] = number
+    if not set(levels.values()) <= {"0", "2", "3"}:
         raise ValueError(
-            f"levels are 2 or 3, or 0 for factors, or two, of FFNs and attention, as 3:2, not {text!r}"
+            "levels are 2 or 3, or 0 for factors, or two, of FFNs and attention, as 3:2, and exceptions, as "
+            f"3,gate_proj=2, not {text!r}"
         )
-    levels = dict.fromkeys(FFN, int(ffn)) | dict.fromkeys(ATTENTION, int(attention))
-    return {kind: number for kind, number in levels.items() if number}
+    return {kind: int(number) for kind, number in levels.items() if number != "0"}
 
 
 def _pair(text: str) -> tuple[str, str]:

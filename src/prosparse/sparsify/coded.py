@@ -24,10 +24,10 @@ _OPEN = 0.7  # of a row's mean size: what is smaller has code 0 (Ternary Weight 
 
 
 def parse_levels(text: str) -> dict[str, int]:
-    """By kind of matrix, of `L` or `FFN:ATTENTION`, as 3:2."""
+    """Those of `adapter.parse_levels`, none of them 0: all matrices train."""
     levels = adapter.parse_levels(text)
     if len(levels) < len((*FFN, *ATTENTION)):
-        raise ValueError(f"levels are 2 or 3, or two of them, of FFNs and attention, as 3:2, not {text!r}")
+        raise ValueError(f"levels are 2 or 3 of every matrix, as 3:2 or 3,gate_proj=2, not {text!r}")
     return levels
 
 

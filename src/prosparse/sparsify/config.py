@@ -27,6 +27,7 @@ class TrainConfig:
     matrix_rate: float = 1.0  # matrices multiply the learning rate by it (muP)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
+    pull: float = 0.0  # to the original's weights
     clip: float = 1.0  # norm of the gradients
     document_mask: bool = False  # tokens see only their own document
     bfloat16: bool = False  # products in bfloat16, weights stay float32
@@ -41,6 +42,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.concentration < math.inf:
             raise ValueError(f"the weight of concentration must not be negative, not {self.concentration}")
+        if not 0 <= self.pull < math.inf:
+            raise ValueError(f"the pull to the original must not be negative, not {self.pull}")
+        if self.pull and not self.mix.taught:
+            raise ValueError("a pull to the original needs distillation, which has the original at hand")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"the optimizer is adamw or muon, not {self.optimizer!r}")
         if self.schedule and self.control:

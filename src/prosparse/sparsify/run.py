@@ -74,6 +74,13 @@ def _add_method(group: Any) -> None:
     add("--temperature", type=float, default=1.0, metavar="T", help="of that KL [1]")
     add("--top-k", type=int, metavar="K", help="that KL over the original's K likeliest tokens only")
     add("--next-token", type=float, default=0.0, metavar="X", help="weight of the next-token loss [0]")
+    add(
+        "--pull",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="draw weights back to the original's, X lr a step [0]",
+    )
     add("--states", type=float, default=0.0, metavar="X", help="weight of hidden states' difference [0]")
     add("--keep-embeddings", action="store_true", help="leave embeddings and head as the original has them")
     small = group.add_mutually_exclusive_group()
@@ -82,8 +89,9 @@ def _add_method(group: Any) -> None:
     )
     small.add_argument(
         "--levels",
-        metavar="L[:A]",
-        help="train what --from has added, rounded to L levels (A in attention) of a step a row: 2 or 3",
+        metavar="L[:A][,KIND=L]",
+        help="train what --from has added, rounded to 2 or 3 levels of a step a row (A in attention), as 3:2 "
+        "or 3,gate_proj=2",
     )
     add("--control", action="store_true", help="also train the un-sparsified twin on the same tokens")
 

@@ -90,6 +90,7 @@ def train_config(
         optimizer=args.optimizer,
         matrix_rate=preset.matrix_rate if preset else 1.0,
         control=control,
+        pull=args.pull,
         document_mask=args.document_mask,
         bfloat16=bfloat16,
         compile=args.compile,

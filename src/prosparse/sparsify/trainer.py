@@ -25,6 +25,7 @@ from prosparse.sparsify.gpu import Numbers
 from prosparse.sparsify.hf_model import Trunk
 from prosparse.sparsify.lessons import Lesson, Lessons
 from prosparse.sparsify.muon import Muon
+from prosparse.sparsify.pull import Pull
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class Trainer:
         self._lessons = Lessons(student, teacher, config, self.world)
         self._trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self._optimizers = self._new_optimizers()
+        self._pull = Pull(student, teacher, config.pull) if config.pull and teacher else None
         self._resume()
 
     def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -204,6 +206,8 @@ class Trainer:
         for optimizer in self._optimizers:
             if taken:
                 optimizer.step()
+        if self._pull and taken:
+            self._pull.step(rate)
         self._lessons.forget()
         self._count_bad(taken, loss)
         layers = np.array(sparsity)
