@@ -67,6 +67,8 @@ def test_from_text_to_a_sparse_model(folders, capsys):
         ),
         (["--sft-data", "x"], "for presets with such a stage"),
         (["--self-data", "many"], "N or N:WEIGHT"),
+        (["--self-prompts", "0.5"], "--self-prompts is for --self-data"),
+        (["--self-prompts", "2", "--self-data", "4000"], "0 to 1"),
         (["--log", "paper"], "unknown logger 'paper'"),
         (["--lora", "0"], "at least 1"),
         (["--preset", "nothing"], "unknown preset 'nothing'"),
@@ -110,10 +112,9 @@ def test_everything_at_once(folders, capsys):
     """Adapters, self-generated text, mixed losses, a trained control, TensorBoard, saved memory."""
     for package in ("torch", "transformers", "peft", "tensorboard", "matplotlib"):
         pytest.importorskip(package)
-    options = (
-        "--self-data 4000:0.5 --lora 4 --next-token 0.5 --distil 0.5 --temperature 2 --top-k 20 --control"
-    )
-    options += " --document-mask --recompute --log tensorboard --tokens 2560 --type f32"
+    options = "--self-data 4000:0.5 --self-prompts 0.5 --lora 4 --next-token 0.5 --distil 0.5"
+    options += " --temperature 2 --top-k 20 --control --document-mask --recompute --log tensorboard"
+    options += " --tokens 2560 --type f32"
     assert cli.main(arguments(folders, *options.split())) == 0
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])

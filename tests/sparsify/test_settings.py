@@ -48,7 +48,13 @@ def test_an_ablation_reads_what_its_preset_reads():
 
 def test_readings_of_phases():
     args = SimpleNamespace(
-        data=["a", "b:2"], decay_data=[], sft_data=["c"], self_data=None, batch_tokens=None, context=4096
+        data=["a", "b:2"],
+        decay_data=[],
+        sft_data=["c"],
+        self_data=None,
+        self_prompts=0.0,
+        batch_tokens=None,
+        context=4096,
     )
     stable, decay, sft = settings.readings(args, PRESETS["minicpm-s-1b"])
     assert [s.path for s in stable.sources] == ["a", "b"]

@@ -44,6 +44,13 @@ def _add_data(group: Any) -> None:
     add("--decay-data", action="append", default=[], metavar="D", help="of a preset's decay stage [all data]")
     add("--sft-data", action="append", default=[], metavar="D", help="of a preset's instruction stage")
     add("--self-data", metavar="N[:WEIGHT]", help="also train on N tokens that the original model writes")
+    add(
+        "--self-prompts",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of those tokens' rows that goes on from how documents of --data begin [0]",
+    )
     add("--tokens", type=float, default=50e6, metavar="N", help="tokens to train on, for --target [50e6]")
     add("--context", type=int, metavar="N", help="tokens a sequence [1024, or the preset's 4096]")
     add("--batch-tokens", type=int, metavar="N", help="tokens a step [65536, or the preset's]")

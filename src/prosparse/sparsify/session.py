@@ -123,6 +123,7 @@ class Session:
             "decay_data": args.decay_data,
             "sft_data": args.sft_data,
             "self_data": args.self_data,
+            "self_prompts": args.self_prompts,
             "preset": args.preset,
             "seed": args.seed,
             "context": args.context,
@@ -203,9 +204,12 @@ class Session:
             # instructions alone are an SFT stage; what the original writes is text
             is_sft = self.preset is not None and read is reads[-1] and len(reads) > 1
             sources = read.sources if is_sft or extra is None else (*read.sources, extra)
-            for source in sources:
+            for source in read.sources:
                 if source.path not in stores:
-                    stores[source.path] = self._self_store() if source is extra else self._store(source)
+                    stores[source.path] = self._store(source)
+            if extra in sources and extra.path not in stores:
+                given = [(stores[source.path], source.weight) for source in read.sources]
+                stores[extra.path] = self._self_store(extra, given)
             mixture = Mixture(
                 [stores[source.path] for source in sources],
                 [source.weight for source in sources],
@@ -241,10 +245,12 @@ class Session:
         except ValueError:
             raise ValueError(f"--self-data is N or N:WEIGHT, not {self.args.self_data!r}") from None
 
-    def _self_store(self) -> TokenStore:
-        source = self._self_source()
-        assert source is not None
-        count = int(source.path.removeprefix("self:"))
+    def _self_store(self, source: Source, given: Sequence[tuple[TokenStore, float]]) -> TokenStore:
+        """Text of the original, a share of which goes on from that of the stores that are `given`."""
+        count, share = int(source.path.removeprefix("self:")), self.args.self_prompts
+        prompts = None
+        if share:
+            prompts = selfdata.Prompts([store for store, _ in given], [weight for _, weight in given], share)
 
         def show(done: int, of_all: int) -> None:
             self._say(f"self-generated text: {done / 1e6:.1f} of {of_all / 1e6:.1f} M tokens")
@@ -261,6 +267,7 @@ class Session:
                 context=self.args.context + 1,
                 batch=_SAMPLED_AT_ONCE if self.device.type == "cuda" else 64,
                 seed=self.args.seed,
+                prompts=prompts,
                 key=f"{Path(str(self.args.model)).name} {_fingerprint(self.original)}",
                 progress=show,
             )
