@@ -7,7 +7,8 @@
 
 DATA holds the corpora (`openstax.jsonl.zst`, ..., or stores of their tokens under the same names) and what
 `self --seed N` wrote. A leg leaves RUNS/NAME.gguf in Q8_0: that file is all that the next leg needs. What it
-measured is kept under `docs/runs/smollm2_135m`. Every command that is run is printed.
+measured is kept under `docs/runs/smollm2_135m`. `--gpus` and `--micro` change its speed alone. Every command
+that is run is printed.
 """
 
 import argparse
@@ -170,6 +171,8 @@ def main() -> int:
         return 0
     if args.out is None or (args.what != "self" and args.name not in (*LEGS, "original")):
         parser.error("give --out DIR, and the name of a leg")
+    if args.what == "eval" and args.eval_data is None:
+        parser.error("give --eval-data DIR, where the benchmarks are")
     if args.what != "eval" and args.data is None:
         parser.error("give --data DIR, where the text is")
     {"self": write_self, "leg": run_leg, "eval": evaluate}[args.what](args)

@@ -140,7 +140,7 @@ static inline __m512 sums_of(const __m512 v[16]) {
 
 // Rows this short, as a predictor's second matrix has, are computed sixteen side by side: adding up the lanes
 // of each by itself would take longer than its products.
-constexpr int kShort = 448;  // columns: less than 16 blocks
+constexpr int kShort = 448;  // columns: what the loop over 16 blocks never sees
 template <Type T>
 static inline void dot_16_rows(const Matrix* w, int r, const Acts* x, float* out) {
     const Stream ahead{w->row(r)};

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-regularizer = pytest.importorskip("prosparse.sparsify.regularizer")
+from prosparse.sparsify import regularizer  # noqa: E402
 
 
 @pytest.mark.parametrize("norm", ["mean", "sum1e-8"])

@@ -11,8 +11,7 @@ from prosparse.model.model import Model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-hf_model = pytest.importorskip("prosparse.sparsify.hf_model")
-from prosparse.sparsify import checkpoint  # noqa: E402
+from prosparse.sparsify import checkpoint, hf_model  # noqa: E402
 from prosparse.sparsify.batches import Mixture  # noqa: E402
 from prosparse.sparsify.config import TrainConfig  # noqa: E402
 from prosparse.sparsify.controller import TargetControl  # noqa: E402

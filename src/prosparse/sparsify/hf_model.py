@@ -91,6 +91,15 @@ class Trunk(nn.Module):
             input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False
         ).logits
 
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """Those that train, by name, but for the embedding and the head, whose rows are words."""
+        ends = {id(self.head), id(self.embedding)}
+        return {
+            name: p
+            for name, p in self.named_parameters()
+            if p.requires_grad and p.ndim == 2 and id(p) not in ends
+        }
+
     def freeze_embeddings(self) -> None:
         """The embeddings and the head do not train."""
         self.lm_head.requires_grad_(False)

@@ -13,26 +13,20 @@ class Pull:
     """Of the matrices of a student's layers, to those of the original; of coded changes, to none.
 
     `weight`: a step moves them by this times the learning rate of the way that is left, but never past it.
+    ValueError for what adapters add, of which the original has nothing.
     """
 
     def __init__(self, student: Trunk, original: Trunk, weight: float) -> None:
         self._weight = weight
-        theirs = dict(original.named_parameters())
-        changes = {
-            f"{name}.weight" for name, module in student.named_modules() if isinstance(module, CodedLinear)
-        }
-        ends = {id(student.head), id(student.embedding)}
-        matrices = [
-            (name, p)
-            for name, p in student.named_parameters()
-            if p.requires_grad and p.ndim == 2 and id(p) not in ends
-        ]
-        if missing := [name for name, _ in matrices if name not in theirs]:
-            raise ValueError(f"the original has no {missing[0]}: what --lora adds cannot be drawn back to it")
-        self._changes = [p for name, p in matrices if name in changes]
-        self._weights = [p for name, p in matrices if name not in changes]
+        changes = {f"{name}.weight" for name, m in student.named_modules() if isinstance(m, CodedLinear)}
+        matrices, theirs = student.matrices(), dict(original.named_parameters())
+        if not matrices.keys() <= theirs.keys():
+            raise ValueError("what adapters (--lora) add cannot be drawn back to the original's weights")
+        weights = matrices.keys() - changes
+        self._changes = [matrices[name] for name in changes]
+        self._weights = [matrices[name] for name in weights]
         # as precise as the student's, and so copies
-        self._theirs = [theirs[name].detach().to(p.dtype) for name, p in matrices if name not in changes]
+        self._theirs = [theirs[name].detach().to(matrices[name].dtype) for name in weights]
 
     @torch.no_grad()
     def step(self, rate: float) -> None:

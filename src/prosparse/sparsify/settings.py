@@ -83,6 +83,10 @@ def train_config(
     schedule, control = (preset.schedule, None) if preset else _way(args, steps, thresholds)
     if args.concentration is not None and control is None:
         raise ValueError("--concentration is for --target")
+    if args.pull and args.lora is not None:
+        raise ValueError(
+            "--pull is for all weights or --levels: what --lora adds has no original to return to"
+        )
     config = TrainConfig(
         steps=steps,
         micro_sequences=_micro(args.micro, [read.sequences for read in reads], processes),

@@ -122,9 +122,10 @@ class Trainer:
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
         config, trained = self.config, list(self._trained.values())
-        ends = {id(self.student.head), id(self.student.embedding)}  # of a word, not of a direction: AdamW's
-        muon = [p for p in trained if config.optimizer == "muon" and p.ndim == 2 and id(p) not in ends]
-        others = [p for p in trained if all(p is not other for other in muon)]
+        # rows of the embedding and the head are words, not directions: AdamW's
+        muon = list(self.student.matrices().values()) if config.optimizer == "muon" else []
+        taken = {id(p) for p in muon}
+        others = [p for p in trained if id(p) not in taken]
         optimizers: list[torch.optim.Optimizer] = []
         if muon:
             optimizers.append(Muon([{"params": muon, "scale": config.matrix_rate}], lr=0.0, world=self.world))
