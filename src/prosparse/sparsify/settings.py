@@ -48,6 +48,8 @@ def readings(args: argparse.Namespace, preset: Preset | None) -> list[Reading]:
         raise ValueError(f"{preset and preset.name} ends with a stage on instructions alone: give --sft-data")
     if not text and not (preset is None and args.self_data):
         raise ValueError("give text to train on: --data FILE, or --self-data N")
+    if not 0 <= args.self_prompts <= 1:
+        raise ValueError(f"--self-prompts is a share, 0 to 1, not {args.self_prompts}")
     if args.self_prompts and not (text and args.self_data):
         raise ValueError("--self-prompts is for --self-data, which goes on from text of --data: give both")
     sources = {"stable": text, "decay": decay or (*text, *sft), "sft": sft}
