@@ -29,8 +29,10 @@ def tune(base, levels, seed=1):
     def change(kind, values):
         steps = (0.01 + 0.01 * rng.random((len(values), 1))).astype(np.float16).astype(np.float32)
         codes = np.where(rng.random(values.shape) < 0.5, np.float32(-1), np.float32(1))
-        if levels[kind] == 3:
+        if levels[kind] > 2:
             codes *= rng.random(values.shape) > 0.3
+        if levels[kind] == 5:
+            codes *= 1 + (rng.random(values.shape) > 0.5)
         return np.float32(SCALES.get(kind, 1)) * (values + steps * codes)
 
     return tuned_by(change, base, rng)
@@ -45,7 +47,7 @@ def base(tiny_model):
     return tiny_model(type="Q4_1", hidden=64, intermediate=96, tied=True)
 
 
-@pytest.fixture(params=["3", "2", "3:2", "3,gate_proj=2,v_proj=2"])
+@pytest.fixture(params=["3", "2", "5", "3:2", "3,gate_proj=2,v_proj=5"])
 def levels(request):
     return parse_levels(request.param)
 
@@ -72,7 +74,8 @@ def test_a_coded_change_is_found_exactly(base, tuned, levels):
         scale = SCALES.get(kind_of(name), 1)
         assert change.scale == pytest.approx(scale, rel=2e-7)
         difference = tuned.tensors[name].dequantize() / scale - base.tensors[name].dequantize()
-        assert np.array_equal(change.steps.data, float16(np.abs(difference).max(axis=1)).data)
+        steps = np.abs(difference).max(axis=1) / (2 if change.levels == 5 else 1)
+        assert np.array_equal(change.steps.data, float16(steps).data)
     assert all(share == pytest.approx(1, abs=1e-6) for share in kept(base, tuned, made).values())
 
 
@@ -92,10 +95,13 @@ def test_the_file_holds_everything(base, tuned, levels, tmp_path):
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
 
 
-def test_the_file_is_as_documented(base, path):
+@pytest.mark.parametrize("forms", ["3:2", "5:3"])
+def test_the_file_is_as_documented(base, tmp_path, forms):
     """Read by the package gguf, and decoded in loops, in float64."""
     from gguf import GGMLQuantizationType, GGUFReader
 
+    path, forms = tmp_path / "a.gguf", parse_levels(forms)
+    files.write(path, extract(base, tune(base, forms), levels=forms))
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     merged = apply(base, files.read(path))
     for name in (GATE, KEYS):
@@ -107,7 +113,9 @@ def test_the_file_is_as_documented(base, path):
         assert (len(steps), int(columns)) == result.shape
         for row, data in enumerate(codes.data.view(np.uint8)):
             for column in range(int(columns)):
-                if levels == 3:
+                if levels == 5:
+                    code = data[column // 3] // 5 ** (column % 3) % 5 - 2.0
+                elif levels == 3:
                     code = data[column // 5] // 3 ** (column % 5) % 3 - 1.0
                 else:
                     code = 2.0 * (data[column // 8] >> column % 8 & 1) - 1
@@ -147,10 +155,23 @@ def test_another_base(base):
 
 
 def test_nothing_changed(base):
-    for levels in (2, 3):
+    for levels in (2, 3, 5):
         made = extract(base, base, levels=levels)
         assert distance(apply(base, made), base) == 0
         assert set(kept(base, base, made).values()) == {1.0}
+
+
+def test_factors_of_what_has_not_changed(base, tmp_path):
+    """As kinds with 0 levels come out of training."""
+    original = base.tensors[KEYS].dequantize()
+    tuned = replace(base, tensors=dict(base.tensors) | {KEYS: float32(original)})
+    made = extract(base, tuned, dict.fromkeys(ATTENTION, 1), dict.fromkeys(FFN, 3))
+    for kind in ("F32", "Q8_0"):
+        files.write(tmp_path / "a.gguf", files.with_types(made, kind))
+        again = files.read(tmp_path / "a.gguf")
+        assert again.matrices[KEYS].scale == 1 and not again.matrices[KEYS].a.dequantize().any()
+        assert np.array_equal(apply(base, again).tensors[KEYS].dequantize(), original)
+        assert set(kept(base, tuned, again).values()) == {1.0}
 
 
 def coding(*values):
@@ -181,6 +202,10 @@ def data(rows, columns, value=0):
         ({f"{STEM}.codes": data(95, 13)}, "steps must be F16"),
         ({f"{STEM}.codes": float32(np.ones((96, 13)))}, "codes must be I8 .* not F32"),
         ({f"{STEM}.codes": data(96, 13, 243)}, "a byte 243 of codes"),
+        (
+            {f"{STEM}.coding": coding(1, 5, 64), f"{STEM}.codes": data(96, 22, 125)},
+            "a byte 125 of codes of 5 levels: 124 is the greatest",
+        ),
         ({f"{STEM}.steps": float16(np.ones(95))}, r"steps must be F16 \(96,\), .* not F16 \(95,\)"),
         ({f"{STEM}.steps": float32(np.ones(96))}, "steps must be F16 .* not F32"),
         ({f"{STEM}.steps": data(96, 1)}, rf"tensor {STEM}\.steps: type I8 is of codes"),
@@ -274,8 +299,8 @@ def test_levels_of_one_kind_and_ranks_of_the_other(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--levels", "4"], "levels are 2 or 3"),
-        (["--levels", "3:"], "levels are 2 or 3"),
+        (["--levels", "4"], "levels are 2, 3 or 5"),
+        (["--levels", "3:"], "levels are 2, 3 or 5"),
         (["--levels", "3", "--rank", "8"], "--levels 3 leaves no factors, of which --rank and --type are"),
         (["--levels", "3:2", "--type", "q4_0"], "--levels 3:2 leaves no factors"),
         (["--levels", "3:0", "--rank", "80:32"], "--rank 80:32 has a rank too many"),

@@ -1,5 +1,7 @@
 """Coded changes: packing and merging against naive twins, and what is found of a change."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,10 @@ SHAPES = [(1, 1), (1, 7), (3, 5), (2, 8), (5, 33), (64, 96)]
 
 
 def random_codes(shape, levels, rng, zeros=0.3):
-    signs = np.where(rng.random(shape) < 0.5, -1, 1)
-    return signs * (rng.random(shape) >= zeros) if levels == 3 else signs
+    codes = np.where(rng.random(shape) < 0.5, -1, 1)
+    if levels == 5:
+        codes *= rng.integers(1, 3, shape)
+    return codes if levels == 2 else codes * (rng.random(shape) >= zeros)
 
 
 def made(base, levels, scale, steps, codes):
@@ -36,7 +40,7 @@ def float16(values):
 def packed_naively(row, levels):
     """Bytes of a row of codes, digit by digit."""
     count = LEVELS[levels]
-    digits = [(code + 1) // 2 if levels == 2 else code + 1 for code in map(int, row)]
+    digits = [(code + 1) // 2 if levels == 2 else code + levels // 2 for code in map(int, row)]
     groups = [digits[i : i + count] for i in range(0, len(digits), count)]
     return [sum(digit * levels**i for i, digit in enumerate(group)) for group in groups]
 
@@ -85,42 +89,44 @@ def test_a_change_of_this_form_is_found_exactly(levels, scale, size):
         assert np.abs(found.merged(base) - tuned).max() < 1e-6 * np.abs(tuned).max()
 
 
+LIMITS = {2: (-1,), 3: (0.3,), 5: (0.3, 0.9)}  # of a size, above which its code is 1 and 2
+
+
 @pytest.mark.parametrize("levels", LEVELS)
 def test_codes_that_go_with_the_weights(levels):
     # as weight decay and training have it: the quotient of both matrices is not centred on the scale
     rng = np.random.default_rng(3)
     base, steps = normal(rng, (160, 96)), some_steps(rng, 160)
     latent = rng.standard_normal(base.shape) - 5 * base
-    codes = np.where(latent < 0, -1, 1) * (np.abs(latent) > 0.3 if levels == 3 else 1)
+    sizes = sum((np.abs(latent) > limit).astype(int) for limit in LIMITS[levels])
+    codes = np.where(latent < 0, -1, 1) * sizes
     found = coded(base, made(base, levels, 1.3, steps, codes), levels)
     assert found.scale == pytest.approx(1.3, rel=2e-7)
     assert np.array_equal(unpacked(found.codes.data, levels, 96), codes)
     assert np.array_equal(found.steps.data, float16(steps).data)
 
 
-@pytest.mark.parametrize(("levels", "loss"), [(2, 0.37), (3, 0.2)])
+@pytest.mark.parametrize(("levels", "loss"), [(2, 0.37), (3, 0.2), (5, 0.085)])
 @pytest.mark.parametrize("size", [0.01, 0.1])
 def test_of_any_change_the_best_is_kept(levels, loss, size):
     rng = np.random.default_rng(4)
     base, change = normal(rng, (200, 301)), normal(rng, (200, 301), size)
     tuned = np.float32(0.8) * base + change
     found = coded(base, tuned, levels)
-    # 1 - 2 / pi and 0.190 are the least for a normal distribution
+    # 1 - 2 / pi, 0.190 and 0.082 are the least for a normal distribution
     assert np.sum((tuned - found.merged(base)) ** 2) < loss * np.sum(change**2)
     assert found.scale == pytest.approx(0.8, abs=0.05 * size / 0.1)
 
 
-def test_three_levels_are_the_best_of_all_thresholds():
+@pytest.mark.parametrize("levels", [3, 5])
+def test_codes_are_the_best_of_all(levels):
     rng = np.random.default_rng(5)
-    change = normal(rng, (4, 9)) ** 3
-    found = coded(np.zeros_like(change), change, 3).merged(np.zeros_like(change))
+    change = normal(rng, (8, 6)) ** 3
+    found = coded(np.zeros_like(change), change, levels).merged(np.zeros_like(change))
+    codes = np.array(list(product(range(levels // 2 + 1), repeat=6))[1:])
     for row, result in zip(change, found, strict=True):
-        sizes = np.sort(np.abs(row))
-        errors = [
-            np.sum((row - np.sign(row) * (np.abs(row) >= least) * sizes[sizes >= least].mean()) ** 2)
-            for least in sizes
-        ]
-        assert np.sum((row - result) ** 2) == pytest.approx(min(errors), rel=1e-5)
+        least = np.sum(row**2) - np.max((codes @ np.abs(row)) ** 2 / np.sum(codes**2, axis=1))
+        assert np.sum((row - result) ** 2) == pytest.approx(least, rel=1e-3)
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -175,6 +181,15 @@ def test_what_is_no_coded_change(changed, message):
     assert Coded(**sound).shape == (2, 7)
     with pytest.raises(ValueError, match=message):
         Coded(**(sound | changed))
+
+
+def test_a_byte_too_great_for_five_levels():
+    sound = {"scale": 1.0, "levels": 5, "columns": 7, "steps": float16([1, 1])}
+    assert Coded(**sound, codes=bytes_of([[0, 124, 1], [1, 2, 3]])).shape == (2, 7)
+    with pytest.raises(ValueError, match="a byte 125 of codes of 5 levels: 124 is the greatest"):
+        Coded(**sound, codes=bytes_of([[0, 124, 1], [1, 125, 3]]))
+    with pytest.raises(ValueError, match=r"codes must be I8 \[rows, 4\] for 10 columns of 5 levels"):
+        Coded(**(sound | {"columns": 10}), codes=bytes_of([[0, 124, 1], [1, 2, 3]]))
 
 
 def test_bytes_are_no_weights():

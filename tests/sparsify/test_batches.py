@@ -59,6 +59,29 @@ def test_shares():
     assert counts.max() - counts.min() <= 1
 
 
+def test_noise_is_in_every_second_sequence():
+    noisy = Mixture([store(4000)], [1.0], context=CONTEXT, seed=0, vocab_size=4000, held_out=4, noise=0.25)
+    held = noisy.held_out(0)
+    assert (np.diff(held.tokens, axis=1) == 1).all(), "held-out text stays what it is"
+    # blocks are others where some are held out
+    plain = Mixture([store(4000)], [1.0], context=CONTEXT, seed=0, vocab_size=4000, held_out=4)
+    before, after = plain.batch(0, 400), noisy.batch(0, 400)
+    changed = before.tokens != after.tokens
+    assert not changed[::2].any()
+    assert changed[1::2].mean() == pytest.approx(0.25, abs=0.03)
+    put = after.tokens[changed]
+    assert put.min() < 400 and 3600 < put.max() < 4000, "of the whole vocabulary"
+    assert np.array_equal(before.loss, after.loss)
+    for first, count in ((7, 1), (100, 3), (101, 2)):  # however it is asked for
+        assert np.array_equal(noisy.batch(first, count).tokens, after.tokens[first : first + count])
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_shares_of_noise_that_cannot_be(share):
+    with pytest.raises(ValueError, match="noise"):
+        Mixture([store(100)], [1.0], context=CONTEXT, seed=0, vocab_size=4000, noise=share)
+
+
 @pytest.mark.parametrize(
     ("stores", "weights", "match"),
     [

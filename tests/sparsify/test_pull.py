@@ -31,7 +31,7 @@ def test_a_step_goes_a_share_of_the_way(tiny_model):
     original = tiny_model()
     student, teacher = hf_model.load(moved(original)), hf_model.load(original)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    pull = Pull(student, teacher, 50.0)
+    pull = Pull(student, teacher, lambda _: 50.0)
     pull.step(4e-3)
     theirs = dict(teacher.named_parameters())
     for name, p in student.named_parameters():
@@ -49,7 +49,7 @@ def test_coded_changes_shrink(tiny_model):
     student, teacher = hf_model.load(original), hf_model.load(original)
     coded.add(student, parse_levels("3:2"), moved(original))
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    Pull(student, teacher, 1.0).step(0.25)
+    Pull(student, teacher, lambda _: 1.0).step(0.25)
     changes = 0
     for name, p in student.named_parameters():
         shrinks = p.ndim == 2 and p.requires_grad
@@ -62,7 +62,7 @@ def test_what_adapters_add_has_no_original(tiny_model):
     student = hf_model.load(tiny_model())
     lora.add(student, parse_ranks("4"))
     with pytest.raises(ValueError, match="--lora"):
-        Pull(student, hf_model.load(tiny_model()), 1.0)
+        Pull(student, hf_model.load(tiny_model()), lambda _: 1.0)
 
 
 def test_a_run_stays_nearer(tiny_model, mixture, tmp_path):

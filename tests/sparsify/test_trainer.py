@@ -109,6 +109,19 @@ def test_matrices_may_learn_slower(tiny_model, mixture, tmp_path):
         assert moved < 1e-7 if parameter.ndim == 2 else moved > 1e-3, name
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_attention_may_learn_slower(tiny_model, mixture, tmp_path, optimizer):
+    run = trainer(
+        tiny_model(), mixture, config(1, attention_rate=1e-6, optimizer=optimizer), tmp_path, "relu"
+    )
+    before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
+    run.run()
+    for name, parameter in run.student.named_parameters():
+        moved = (parameter - before[name]).abs().max()
+        slow = parameter.ndim == 2 and ".self_attn." in name
+        assert (0 < moved < 1e-7) if slow else moved > 1e-5, name
+
+
 def test_l1_lowers_x1(tiny_model, mixture, tmp_path):
     sums = {}
     for factor in (0.0, 2.0):

@@ -187,8 +187,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--levels",
         metavar="L",
-        help="of the adapter: codes of 2 or 3 levels, or those of FFNs and attention as 3:2; 0: factors [0]; "
-        "exceptions follow, as 3,gate_proj=2",
+        help="of the adapter: codes of 2, 3 or 5 levels, or those of FFNs and attention as 3:2; 0: factors "
+        "[0]; exceptions follow, as 3,gate_proj=2",
     )
     group.add_argument("--name", metavar="TEXT", help="of the model that the adapter makes [SRC's]")
     group.add_argument("--measured", type=Path, metavar="FILE", help="a JSON object to keep in the adapter")

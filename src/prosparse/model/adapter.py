@@ -1,4 +1,4 @@
-"""Adapters: what training has added to a model, as low-rank factors or codes of one or two bits.
+"""Adapters: what training has added to a model, as low-rank factors or codes of one to three bits.
 
 Each matrix W of a layer becomes `scale W + gain B^T A` (`Factors`) or `scale (W + step code)` (`Coded`).
 Folded thresholds and weight decay multiply whole matrices, which neither can hold: hence the scale. Vectors
@@ -95,7 +95,7 @@ def extract(
     """The adapter of these ranks and levels that takes `base` nearest to `tuned`, by squared error; factors
     are F32.
 
-    `ranks` are of factors, `levels` (2 or 3) of codes: one for all, or by kind of matrix (`FFN`,
+    `ranks` are of factors, `levels` (2, 3 or 5) of codes: one for all, or by kind of matrix (`FFN`,
     `ATTENTION`); each kind is in one of the two. A matrix's smaller side is rank enough. Nothing is lost of a
     `tuned` that was trained in this form, with no greater ranks. Embedding and head of `tuned` are left out:
     see `change`. ValueError if the two differ in more than weights.
@@ -112,7 +112,7 @@ def extract(
             f"ranks of at least 1 are needed for {', '.join(_KINDS)}, or levels, not {ranks} and {levels}"
         )
     if unknown := set(levels.values()) - LEVELS.keys():
-        raise ValueError(f"{unknown.pop()} levels are not known: 2 and 3 are")
+        raise ValueError(f"{unknown.pop()} levels are not known: 2, 3 and 5 are")
     matrices: dict[str, Change] = {}
     vectors: dict[str, Tensor] = {}
     for name, tensor in tuned.tensors.items():
@@ -152,7 +152,7 @@ def parse_ranks(text: str) -> dict[str, int]:
 def parse_levels(text: str) -> dict[str, int]:
     """By kind of matrix, of `L` or `FFN:ATTENTION` and exceptions, as `3,gate_proj=2`.
 
-    Kinds with 0, which are to be factors, are left out.
+    Kinds with 0, which are to have no codes, are left out.
     """
     first, *exceptions = text.split(",")
     ffn, attention = _pair(first)
@@ -162,10 +162,10 @@ def parse_levels(text: str) -> dict[str, int]:
         if kind not in levels:
             raise ValueError(f"levels of {kind!r}: the kinds of matrices are {', '.join(levels)}")
         levels[kind] = number
-    if not set(levels.values()) <= {"0", "2", "3"}:
+    if not set(levels.values()) <= {"0", *map(str, LEVELS)}:
         raise ValueError(
-            "levels are 2 or 3, or 0 for factors, or two, of FFNs and attention, as 3:2, and exceptions, as "
-            f"3,gate_proj=2, not {text!r}"
+            "levels are 2, 3 or 5, or 0 for no codes, or two, of FFNs and attention, as 3:2, and exceptions, "
+            f"as 3,gate_proj=2, not {text!r}"
         )
     return {kind: int(number) for kind, number in levels.items() if number != "0"}
 

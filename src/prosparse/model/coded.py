@@ -1,7 +1,7 @@
-"""Changes of a matrix as codes: each weight moves by -1, 0 or 1 steps of its row, in 1 or 1.6 bits.
+"""Changes of a matrix as codes: each weight moves by up to 2 steps of its row, in 1, 1.6 or 2.7 bits.
 
 Two levels are those of BitDelta (Liu et al. 2024, arXiv 2402.10193), three those of Ternary Weight Networks
-(Li et al. 2016, arXiv 1605.04711).
+(Li et al. 2016, arXiv 1605.04711), and five go on as these do.
 """
 
 import math
@@ -12,9 +12,7 @@ import numpy as np
 
 from prosparse.model.model import Tensor
 
-LEVELS = {2: 8, 3: 5}  # levels -> codes in a byte: 2^8 = 256, 3^5 = 243
-_POWERS = 3 ** np.arange(5)
-_DIGITS = (np.arange(3**5)[:, None] // _POWERS % 3).astype(np.int8)
+LEVELS = {2: 8, 3: 5, 5: 3}  # levels -> codes in a byte: 2^8 = 256, 3^5 = 243, 5^3 = 125
 _ROUNDS, _TOLERANCE = 20, 1e-6  # of the search for a scale; the share of the error worth another round
 _LARGEST = 65504.0  # of float16
 _SAMPLE = 128  # rows in which it begins
@@ -26,14 +24,14 @@ class Coded:
     """The change of one matrix [rows, columns]: scale (W + step code), with one step for each row."""
 
     scale: float  # of the matrix itself
-    levels: int  # 2: codes are -1 and 1; 3: also 0
+    levels: int  # 2: codes are -1 and 1; 3: also 0; 5: also -2 and 2
     columns: int
     steps: Tensor  # F16 [rows]
     codes: Tensor  # I8 [rows, bytes of a row], as of `packed`
 
     def __post_init__(self) -> None:
         if self.levels not in LEVELS:
-            raise ValueError(f"{self.levels} levels are not known: 2 and 3 are")
+            raise ValueError(f"{self.levels} levels are not known: 2, 3 and 5 are")
         width = -(-self.columns // LEVELS[self.levels])
         if self.codes.type != "I8" or self.columns < 1 or self.codes.shape[1:] != (width,):
             raise ValueError(
@@ -50,8 +48,9 @@ class Coded:
         steps = self.steps.dequantize()
         if not (np.isfinite(steps).all() and (steps >= 0).all()):
             raise ValueError("a step is NaN, infinite or below 0")
-        if self.levels == 3 and (largest := self.codes.data.max()) >= len(_DIGITS):
-            raise ValueError(f"a byte {largest} of codes of 3 levels: {len(_DIGITS) - 1} is the greatest")
+        greatest = self.levels ** LEVELS[self.levels] - 1
+        if (largest := self.codes.data.max()) > greatest:
+            raise ValueError(f"a byte {largest} of codes of {self.levels} levels: {greatest} is the greatest")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,16 +71,17 @@ class Coded:
 
 
 def packed(codes: np.ndarray, levels: int) -> np.ndarray:
-    """uint8 [rows, bytes]: codes [rows, columns] as digits (0, 1 of 2 levels; 0, 1, 2 of 3 for -1, 0, 1), the
-    first the lowest; a row's last byte ends with zeros."""
+    """uint8 [rows, bytes]: codes [rows, columns] as digits, from 0 for the least, the first the lowest; a
+    row's last byte ends with zeros."""
     if levels == 2:
         return np.packbits(codes > 0, axis=1, bitorder="little")
-    digits = np.pad((codes + 1).astype(np.uint8), ((0, 0), (0, -codes.shape[1] % 5)))
+    count = LEVELS[levels]
+    digits = np.pad((codes + levels // 2).astype(np.uint8), ((0, 0), (0, -codes.shape[1] % count)))
     # Horner, the last digit first: without a product of integer matrices, which numpy is slow at
-    result = digits[:, 4::5].copy()
-    for i in (3, 2, 1, 0):
-        result *= 3
-        result += digits[:, i::5]
+    result = digits[:, count - 1 :: count].copy()
+    for i in reversed(range(count - 1)):
+        result *= levels
+        result += digits[:, i::count]
     return result
 
 
@@ -89,7 +89,9 @@ def unpacked(data: np.ndarray, levels: int, columns: int) -> np.ndarray:
     """The int8 codes [rows, columns] of what `packed` returns."""
     if levels == 2:
         return np.unpackbits(data, axis=1, count=columns, bitorder="little").view(np.int8) * 2 - 1
-    return _DIGITS[data].reshape(len(data), -1)[:, :columns] - 1
+    count = LEVELS[levels]
+    codes = np.arange(levels**count)[:, None] // levels ** np.arange(count) % levels - levels // 2
+    return codes.astype(np.int8)[data].reshape(len(data), -1)[:, :columns]
 
 
 def coded(base: np.ndarray, tuned: np.ndarray, levels: int) -> Coded:
@@ -118,21 +120,23 @@ class _Found:
     error: float  # squared
     scale: np.float32
     steps: np.ndarray
-    codes: np.ndarray  # float32, -1, 0 and 1
+    codes: np.ndarray  # float32
 
 
 def _candidates(base: np.ndarray, tuned: np.ndarray) -> Iterator[np.float32]:
-    """Scales to begin with: that of no folding, the best without a change, the most frequent quotient."""
+    """Scales to begin with: the best without a change, the most frequent quotient, that of no folding.
+
+    The first comes before others that do as well: where nothing is left of the base, it is 0.
+    """
+    if square := float(np.vdot(base, base)):
+        yield np.float32(np.vdot(base, tuned) / square)
+        usable = np.abs(base) > 1e-6 * np.abs(base).max()
+        quotients = np.sort(tuned[usable] / base[usable])
+        # the narrowest interval that holds a tenth of them: where codes are 0, quotients are the scale
+        reach = len(quotients) // 10
+        widths = quotients[reach:] - quotients[: len(quotients) - reach]
+        yield quotients[np.argmin(widths) + reach // 2]
     yield np.float32(1)
-    if not (square := float(np.vdot(base, base))):
-        return
-    yield np.float32(np.vdot(base, tuned) / square)
-    usable = np.abs(base) > 1e-6 * np.abs(base).max()
-    quotients = np.sort(tuned[usable] / base[usable])
-    # the narrowest interval that holds a tenth of them: where codes are 0, quotients are the scale
-    reach = len(quotients) // 10
-    widths = quotients[reach:] - quotients[: len(quotients) - reach]
-    yield quotients[np.argmin(widths) + reach // 2]
 
 
 def _nearest(base: np.ndarray, tuned: np.ndarray, levels: int, scale: np.float32) -> _Found:
@@ -143,10 +147,10 @@ def _nearest(base: np.ndarray, tuned: np.ndarray, levels: int, scale: np.float32
         difference = tuned - scale * base
         codes, steps = _coded_rows(difference, levels)
         unchanged = steps <= least_steps
-        steps[unchanged], codes[unchanged] = 0, 0 if levels == 3 else 1
+        steps[unchanged], codes[unchanged] = 0, 1 if levels == 2 else 0
         difference -= steps[:, None] * codes
         # of the base, what lies across the codes of each row: steps take up the rest
-        along = (base * codes).sum(axis=1) / np.sqrt(np.maximum(np.count_nonzero(codes, axis=1), 1))
+        along = (base * codes).sum(axis=1) / np.sqrt(np.maximum((codes * codes).sum(axis=1), 1))
         across = square - float(np.vdot(along, along))
         # the remainder lies across already, and what of the scale is wrong shrinks with it
         correction = float(np.vdot(difference, base)) / across if across > 1e-6 * square else 0.0
@@ -163,12 +167,18 @@ def _coded_rows(difference: np.ndarray, levels: int) -> tuple[np.ndarray, np.nda
     sizes = np.abs(difference)
     if levels == 2:
         return np.where(difference < 0, np.float32(-1), np.float32(1)), sizes.mean(axis=1)
-    # k codes with a step s take k s^2 off a row's square: most if these are its k largest, and s their mean
+    # As a step falls, the code of a size becomes k where the step is size / (k - 1/2). That adds the size to
+    # <size, code> and 2 k - 1 to <code, code>, whose quotient is the best step of these codes: it takes
+    # <size, code>^2 / <code, code> off the row's square. All codes that a step can make are tried so.
+    halves = np.arange(1, levels, 2, dtype=np.float32)  # 2 k - 1
     ordered = np.sort(sizes, axis=1)[:, ::-1]
-    taken_off = ordered.cumsum(axis=1)
+    turns = np.concatenate([ordered / half for half in halves], axis=1)
+    order = np.argsort(-turns, axis=1, kind="stable")  # which merges runs in order
+    taken_off = np.take_along_axis(np.tile(ordered, len(halves)), order, axis=1).cumsum(axis=1)
     taken_off *= taken_off
-    taken_off /= np.arange(1, sizes.shape[1] + 1, dtype=np.float32)
-    least = np.take_along_axis(ordered, taken_off.argmax(axis=1)[:, None], axis=1)
-    taken = sizes >= least
-    steps = (sizes * taken).sum(axis=1) / np.count_nonzero(taken, axis=1).astype(np.float32)
-    return np.sign(difference) * taken, steps
+    taken_off /= np.repeat(halves, sizes.shape[1])[order].cumsum(axis=1)
+    best = np.take_along_axis(order, taken_off.argmax(axis=1)[:, None], axis=1)
+    least = np.take_along_axis(turns, best, axis=1)
+    codes = sum(((sizes / half >= least).astype(np.float32) for half in halves), np.zeros_like(sizes))
+    steps = (sizes * codes).sum(axis=1) / (codes * codes).sum(axis=1)
+    return np.sign(difference) * codes, steps

@@ -27,7 +27,8 @@ class Batch:
 class Mixture:
     """Packed sequences drawn from stores by weight. Each store's blocks are shuffled anew every epoch.
 
-    The last `held_out` blocks of each store, but no more than an eighth, are never trained on.
+    The last `held_out` blocks of each store, but no more than an eighth, are never trained on. `noise` is the
+    share of tokens that others, at random, take the place of, in every second sequence.
     """
 
     def __init__(
@@ -39,7 +40,10 @@ class Mixture:
         seed: int,
         vocab_size: int,
         held_out: int = 0,
+        noise: float = 0.0,
     ) -> None:
+        if not 0 <= noise < 1:
+            raise ValueError(f"the share of tokens that noise replaces must be 0 to 1, not {noise}")
         if not stores or len(stores) != len(weights):
             raise ValueError(f"{len(stores)} data sources and {len(weights)} weights: give one of each")
         if context < 1:
@@ -57,6 +61,7 @@ class Mixture:
         self._stores = list(stores)
         self._shares = np.cumsum(weights) / np.sum(weights)
         self.context, self._seed = context, seed
+        self._noise, self._vocab_size = noise, vocab_size
         whole = [(len(store.tokens) - 1) // context for store in stores]
         self._held_out = [min(held_out, blocks // 8) for blocks in whole]
         self._blocks = [blocks - held for blocks, held in zip(whole, self._held_out, strict=True)]
@@ -94,7 +99,11 @@ class Mixture:
 
     def batch(self, first: int, count: int) -> Batch:
         """Sequences `first` to `first + count` of the run."""
-        return self._read([self.locate(first + i) for i in range(count)])
+        batch = self._read([self.locate(first + i) for i in range(count)])
+        if self._noise:
+            for index in range(first | 1, first + count, 2):
+                self._disturb(batch.tokens[index - first], index)
+        return batch
 
     def held_out(self, source: int) -> Batch | None:
         """The sequences of a source that are never trained on; None where it is too small to spare any."""
@@ -114,6 +123,12 @@ class Mixture:
             place = np.searchsorted(store.offsets, np.arange(start, start + span), side="right")
             document[i] = place - place[0]
         return Batch(tokens, loss, document)
+
+    def _disturb(self, tokens: np.ndarray, index: int) -> None:
+        """Puts tokens of the whole vocabulary in the place of some, in sequence `index` of the run."""
+        random = _random(self._seed, 1 + len(self._stores), index)
+        hit = random.random(len(tokens)) < self._noise
+        tokens[hit] = random.integers(self._vocab_size, size=int(hit.sum()))
 
     def _choices(self, chunk: int) -> np.ndarray:
         draws = _random(self._seed, 0, chunk).random(_CHOICES)

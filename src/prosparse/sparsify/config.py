@@ -25,6 +25,7 @@ class TrainConfig:
     concentration: float = 0.1  # weight of that regulariser, under control
     optimizer: Literal["adamw", "muon"] = "adamw"
     matrix_rate: float = 1.0  # matrices multiply the learning rate by it (muP)
+    attention_rate: float = 1.0  # those of attention by this, too
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     pull: float = 0.0  # to the original's weights
@@ -42,6 +43,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.concentration < math.inf:
             raise ValueError(f"the weight of concentration must not be negative, not {self.concentration}")
+        if not 0 < self.attention_rate < math.inf:
+            raise ValueError(f"attention's share of the learning rate is above 0, not {self.attention_rate}")
         if not 0 <= self.pull < math.inf:
             raise ValueError(f"the pull to the original must not be negative, not {self.pull}")
         if self.pull and not self.mix.taught:

@@ -55,6 +55,13 @@ def _add_data(group: Any) -> None:
     add("--context", type=int, metavar="N", help="tokens a sequence [1024, or the preset's 4096]")
     add("--batch-tokens", type=int, metavar="N", help="tokens a step [65536, or the preset's]")
     add("--document-mask", action="store_true", help="tokens see only their own document")
+    add(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="in every second sequence, replace this share of tokens by random ones [0]",
+    )
     add("--held-out", type=int, default=32, metavar="N", help="sequences a source kept for the report [32]")
 
 
@@ -76,6 +83,13 @@ def _add_method(group: Any) -> None:
     )
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns faster [adamw]")
     add("--lr", type=float, metavar="X", help="peak learning rate [5e-4, 1e-3 with --lora, or the preset's]")
+    add(
+        "--attention-rate",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="share of it that attention's matrices learn at [1]",
+    )
     add("--lr-floor", type=float, default=0.1, metavar="X", help="share of it that the last step has [0.1]")
     add("--distil", type=float, default=1.0, metavar="X", help="weight of the KL to the original [1]")
     add("--temperature", type=float, default=1.0, metavar="T", help="of that KL [1]")
@@ -97,8 +111,8 @@ def _add_method(group: Any) -> None:
     small.add_argument(
         "--levels",
         metavar="L[:A][,KIND=L]",
-        help="train what --from has added, rounded to 2 or 3 levels of a step a row (A in attention), as 3:2 "
-        "or 3,gate_proj=2",
+        help="train what --from has added, rounded to 2, 3 or 5 levels of a step a row (A in attention), as "
+        "3:2 or 3,gate_proj=2; 0: what stays the original's",
     )
     add("--control", action="store_true", help="also train the un-sparsified twin on the same tokens")
 

@@ -89,6 +89,8 @@ def train_config(
         raise ValueError(
             "--pull is for all weights or --levels: what --lora adds has no original to return to"
         )
+    if args.noise and args.next_token:
+        raise ValueError("--noise is for distillation alone: --next-token would learn the noise")
     config = TrainConfig(
         steps=steps,
         micro_sequences=_micro(args.micro, [read.sequences for read in reads], processes),
@@ -97,6 +99,7 @@ def train_config(
         schedule=schedule,
         optimizer=args.optimizer,
         matrix_rate=preset.matrix_rate if preset else 1.0,
+        attention_rate=args.attention_rate,
         control=control,
         pull=args.pull,
         document_mask=args.document_mask,

@@ -8,15 +8,17 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from prosparse.model.adapter import ATTENTION
 from prosparse.sparsify import checkpoint, controller
 from prosparse.sparsify.batches import Batch, Mixture, ahead
 from prosparse.sparsify.config import TrainConfig
@@ -71,7 +73,9 @@ class Trainer:
         self._lessons = Lessons(student, teacher, config, self.world)
         self._trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self._optimizers = self._new_optimizers()
-        self._pull = Pull(student, teacher, config.pull) if config.pull and teacher else None
+        self._pull = None
+        if config.pull and teacher:
+            self._pull = Pull(student, teacher, lambda matrix: config.pull * self._scale(matrix))
         self._resume()
 
     def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -123,19 +127,14 @@ class Trainer:
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
         config, trained = self.config, list(self._trained.values())
         # rows of the embedding and the head are words, not directions: AdamW's
-        muon = list(self.student.matrices().values()) if config.optimizer == "muon" else []
-        taken = {id(p) for p in muon}
-        others = [p for p in trained if id(p) not in taken]
+        muon = self.student.matrices() if config.optimizer == "muon" else {}
+        others = {name: p for name, p in self._trained.items() if name not in muon}
         optimizers: list[torch.optim.Optimizer] = []
         if muon:
-            optimizers.append(Muon([{"params": muon, "scale": config.matrix_rate}], lr=0.0, world=self.world))
-        groups = [
-            {"params": [p for p in others if p.ndim == 2], "scale": config.matrix_rate},
-            {"params": [p for p in others if p.ndim != 2], "scale": 1.0},
-        ]
+            optimizers.append(Muon(self._groups(muon), lr=0.0, world=self.world))
         optimizers.append(
             torch.optim.AdamW(
-                [group for group in groups if group["params"]],
+                self._groups(others),
                 lr=0.0,  # set before every step
                 betas=config.betas,
                 weight_decay=config.weight_decay,
@@ -152,6 +151,17 @@ class Trainer:
                     value.zero_()
         self._lessons.forget()
         return optimizers
+
+    def _groups(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+        """By what multiplies the learning rate."""
+        groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            groups[self._scale(name) if parameter.ndim == 2 else 1.0].append(parameter)
+        return [{"params": group, "scale": scale} for scale, group in groups.items()]
+
+    def _scale(self, matrix: str) -> float:
+        in_attention = not set(ATTENTION).isdisjoint(matrix.split("."))
+        return self.config.matrix_rate * (self.config.attention_rate if in_attention else 1.0)
 
     def _feed_at(self, step: int) -> tuple[Feed, int]:
         """What step `step` reads, and the number of steps before the first that reads it."""
