@@ -80,7 +80,7 @@ def test_the_table_comes_from_saved_results(smollm2):
     gap = openstax["sparse"] - openstax["original"]
     assert cells["openstax"][names.index("90")].startswith(f"{gap:+.3f}")
     # legs were measured on samples of their own; the last line compares what all of them read
-    own = cells["its own text, seed 2"]
+    own = cells["its own text, seed 6"]
     assert own[names.index("second")] == "-" != own[names.index("90")]
     shared = [row for name, row in rows["90"].items() if "its own text" not in name]
     total = sum(row["tokens"] * (row["sparse"] - row["original"]) for row in shared)
@@ -88,7 +88,7 @@ def test_the_table_comes_from_saved_results(smollm2):
     assert len(shared) == 8
     assert cells["all but its own"][names.index("90")].startswith(f"{mean:+.3f}")
     lines = {line.split(" | ")[0].strip("| "): line for line in benchmarks[2:]}
-    assert list(lines) == ["original", "second", "adapter", "90", "95", "adapter_2"]
+    assert list(lines) == ["original", *names[names.index("second") :]]
     tasks = json.loads((smollm2.RESULTS / "90" / "eval.json").read_text())["tasks"]
     assert f"{100 * tasks['lambada']['value']:.2f}" in lines["90"]
     mean = statistics.mean(task["value"] for name, task in tasks.items() if name != "wikitext2")

@@ -122,6 +122,23 @@ def test_attention_may_learn_slower(tiny_model, mixture, tmp_path, optimizer):
         assert (0 < moved < 1e-7) if slow else moved > 1e-5, name
 
 
+def test_sparsity_is_that_of_text_without_noise(tiny_model, mixture, tmp_path):
+    whole = mixture.batch(0, 4)
+    student = hf_model.load(with_activation(tiny_model(), Activation("relu")))
+    zeros = []
+    for mlp in student.mlps:
+        mlp.observe = lambda x1: zeros.append((x1 == 0).float().mean().item())
+    with torch.no_grad():
+        student(torch.from_numpy(whole.tokens[::2, :-1]))
+    noisy = Mixture(mixture._stores, [1.0], context=CONTEXT, seed=0, vocab_size=288, noise=0.9)
+    assert (noisy.batch(0, 4).tokens != whole.tokens).any(axis=1).tolist() == [False, True] * 2
+    trainer(tiny_model(), noisy, config(1, noise=0.9), tmp_path, "relu").run()
+    assert lines(tmp_path)[0]["sparsity"] == pytest.approx(np.mean(zeros), abs=1e-6)
+    for wrong, match in [({"micro_sequences": 1}, "even number"), ({"mix": LossMix(1.0)}, "next-token")]:
+        with pytest.raises(ValueError, match=match):
+            config(noise=0.1, **wrong)
+
+
 def test_l1_lowers_x1(tiny_model, mixture, tmp_path):
     sums = {}
     for factor in (0.0, 2.0):

@@ -29,6 +29,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     pull: float = 0.0  # to the original's weights
+    noise: float = 0.0  # every second sequence has it, where sparsity is then not measured
     clip: float = 1.0  # norm of the gradients
     document_mask: bool = False  # tokens see only their own document
     bfloat16: bool = False  # products in bfloat16, weights stay float32
@@ -49,6 +50,13 @@ class TrainConfig:
             raise ValueError(f"the pull to the original must not be negative, not {self.pull}")
         if self.pull and not self.mix.taught:
             raise ValueError("a pull to the original needs distillation, which has the original at hand")
+        if self.noise and self.micro_sequences % 2:
+            raise ValueError(
+                "noise in every second sequence needs an even number of them at a time: choose --micro and "
+                f"--batch-tokens so that it is not {self.micro_sequences}"
+            )
+        if self.noise and self.mix.next_token:
+            raise ValueError("noise is for distillation alone: the next-token loss would learn it")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"the optimizer is adamw or muon, not {self.optimizer!r}")
         if self.schedule and self.control:

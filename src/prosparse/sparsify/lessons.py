@@ -35,7 +35,8 @@ class Lessons:
         self._device = student.head.device
         norm = config.l1_norm if config.schedule else None
         with_concentration = bool(config.control and config.concentration)
-        self._measures = [_Measure(norm, with_concentration) for _ in student.mlps]
+        every = 2 if config.noise else 1
+        self._measures = [_Measure(norm, with_concentration, every) for _ in student.mlps]
         for mlp, measure in zip(student.mlps, self._measures, strict=True):
             mlp.observe = measure
         self.recorded = _can_be_recorded(config, world, self._device)
@@ -138,15 +139,16 @@ def _can_be_recorded(config: TrainConfig, world: World, device: torch.device) ->
 
 
 class _Measure:
-    """What one MLP's x1 is asked for, kept until the backward pass has used it. `norm`: of L1, if it is."""
+    """What one MLP's x1 is asked for, kept until the backward pass has used it. `norm`: of L1, if it is;
+    sparsity is that of `every` so many-th sequence."""
 
-    def __init__(self, norm: Norm | None, with_concentration: bool) -> None:
-        self._norm, self._with_concentration = norm, with_concentration
+    def __init__(self, norm: Norm | None, with_concentration: bool, every: int) -> None:
+        self._norm, self._with_concentration, self._every = norm, with_concentration, every
         self.l1 = self.concentration = self.sparsity = torch.zeros(())
 
     def __call__(self, x1: Tensor) -> None:
         if self._norm:
             self.l1 = l1(x1, self._norm)
-        self.sparsity = (x1.detach() == 0).float().mean()
+        self.sparsity = (x1.detach()[:: self._every] == 0).float().mean()
         if self._with_concentration:
             self.concentration = concentration(x1)

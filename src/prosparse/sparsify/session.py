@@ -129,7 +129,6 @@ class Session:
             "context": args.context,
             "batch_tokens": args.batch_tokens,
             "held_out": args.held_out,
-            "noise": args.noise,
             "lora": args.lora,
             "levels": args.levels,
             "keep_embeddings": args.keep_embeddings,
@@ -218,7 +217,7 @@ class Session:
                 seed=self.args.seed,
                 vocab_size=self.original.config.vocab_size,
                 held_out=self.args.held_out,
-                noise=self.args.noise,
+                noise=self.config.noise,
             )
             feeds.append(Feed(mixture, read.sequences, read.until))
         return feeds

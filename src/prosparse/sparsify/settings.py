@@ -89,8 +89,6 @@ def train_config(
         raise ValueError(
             "--pull is for all weights or --levels: what --lora adds has no original to return to"
         )
-    if args.noise and args.next_token:
-        raise ValueError("--noise is for distillation alone: --next-token would learn the noise")
     config = TrainConfig(
         steps=steps,
         micro_sequences=_micro(args.micro, [read.sequences for read in reads], processes),
@@ -102,6 +100,7 @@ def train_config(
         attention_rate=args.attention_rate,
         control=control,
         pull=args.pull,
+        noise=args.noise,
         document_mask=args.document_mask,
         bfloat16=bfloat16,
         compile=args.compile,
