@@ -110,7 +110,7 @@ def test_it_begins_as_the_tuned_model_and_leaves_embeddings(tiny_model):
 @pytest.mark.parametrize(
     ("levels", "forms"), [("3:2", ["--levels", "3:2"]), ("5:0", ["--levels", "5:0", "--rank", "1"])]
 )
-def test_the_adapter_of_a_run_is_the_trained_model(tmp_path, tiny_model, levels, forms):
+def test_the_adapter_of_a_run_is_the_trained_model(tmp_path, tiny_model, capsys, levels, forms):
     """sparsify, sparsify --levels, convert --levels, convert --adapter: nothing is lost on the way."""
     write_folder(tmp_path / "base", tiny_model(tied=True, intermediate=96), "F32")
     row = json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 5}) + "\n"
@@ -122,6 +122,8 @@ def test_the_adapter_of_a_run_is_the_trained_model(tmp_path, tiny_model, levels,
     assert main([*common, "--out", str(first), "--keep-embeddings", "--target", "0.7"]) == 0
     options = ["--out", str(second), "--from", str(first / "model"), "--levels", levels, "--target", "0.6"]
     assert main([*common, *options]) == 0
+    said = "k_proj, o_proj, q_proj, v_proj have 0 levels, a change of"
+    assert (said in capsys.readouterr().out) == (levels == "5:0")
     last = json.loads((second / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["wanted"] == pytest.approx(0.6, abs=0.01)  # thresholds fell again
     trained = str(second / "model")

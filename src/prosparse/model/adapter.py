@@ -7,7 +7,7 @@ are kept whole; embedding and head stay as they are.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -191,9 +191,11 @@ def kept(base: Model, tuned: Model, adapter: Adapter) -> dict[str, float]:
     return {kind: float(1 - rest / whole) if whole else 1.0 for kind, (rest, whole) in sums.items()}
 
 
-def change(base: Model, tuned: Model) -> float:
-    """What adapters leave out: the change of embedding and head, relative to their size."""
-    names = [name for name in _TOKENS if name in base.tensors]
+def change(base: Model, tuned: Model, names: Collection[str] = _TOKENS) -> float:
+    """Of these tensors, relative to their size; of embedding and head, which adapters leave out."""
+    names = [name for name in names if name in base.tensors]
+    if not names:
+        return 0.0
     pairs = [(base.tensors[name].dequantize(), tuned.tensors[name].dequantize()) for name in names]
     squares = sum(float(np.vdot(b - a, b - a)) for a, b in pairs)
     return math.sqrt(squares / sum(float(np.vdot(a, a)) for a, _ in pairs))
