@@ -111,8 +111,8 @@ def _add_method(group: Any) -> None:
     small.add_argument(
         "--levels",
         metavar="L[:A][,KIND=L]",
-        help="train what --from has added, rounded to 2, 3 or 5 levels of a step a row (A in attention), as "
-        "3:2 or 3,gate_proj=2; 0: what stays the original's",
+        help="train changes rounded to 2, 3 or 5 levels of a step a row (A in attention), as 3:2 or "
+        "3,gate_proj=2, beginning with those of --from; 0: what stays the original's",
     )
     add("--control", action="store_true", help="also train the un-sparsified twin on the same tokens")
 

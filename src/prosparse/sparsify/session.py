@@ -54,8 +54,8 @@ class Session:
         self.start, self.start_thresholds = self._start()
         self.ranks = None if args.lora is None else parse_ranks(args.lora)
         self.levels = None if args.levels is None else coded.parse_levels(args.levels)
-        if self.levels and (world.sharded or args.start is None):
-            raise ValueError("--levels rounds what --from, a trained model, adds; and it cannot --shard")
+        if self.levels and world.sharded:
+            raise ValueError("changes of --levels cannot be spread over processes: leave --shard out")
         size = self.original.config
         if preset:
             preset.check_model(size.hidden_size, size.num_hidden_layers)
