@@ -134,6 +134,8 @@ def test_sparsity_is_that_of_text_without_noise(tiny_model, mixture, tmp_path):
     assert (noisy.batch(0, 4).tokens != whole.tokens).any(axis=1).tolist() == [False, True] * 2
     trainer(tiny_model(), noisy, config(1, noise=0.9), tmp_path, "relu").run()
     assert lines(tmp_path)[0]["sparsity"] == pytest.approx(np.mean(zeros), abs=1e-6)
+    with pytest.raises(ValueError, match="the data has noise"):
+        trainer(tiny_model(), noisy, config(1), tmp_path, "relu")
     for wrong, match in [({"micro_sequences": 1}, "even number"), ({"mix": LossMix(1.0)}, "next-token")]:
         with pytest.raises(ValueError, match=match):
             config(noise=0.1, **wrong)

@@ -9,11 +9,10 @@ from typing import Any
 from prosparse.formats import adapter as files
 from prosparse.formats.convert import provenance
 from prosparse.formats.open import open_model
-from prosparse.model.adapter import Adapter, change, extract, kept, parse_levels, parse_ranks
+from prosparse.model.adapter import ROUNDING, Adapter, change, extract, kept, parse_levels, parse_ranks
 
 RANK = "64"
 TYPE = "Q8_0"
-_ROUNDING = 0.01  # change of the embedding that is no news: F16, BF16 and Q8_0 stay below
 
 
 def write_adapter(
@@ -46,7 +45,7 @@ def write_adapter(
     made = files.with_types(made, kind)
     files.write(target, made)
     notes = []
-    if (left_out := change(original, tuned)) > _ROUNDING:
+    if (left_out := change(original, tuned)) > ROUNDING:
         notes.append(f"embedding or head differ by {left_out:.1%} of their size: adapters leave them alone")
     return made, kept(original, tuned, made), tuple(notes)
 

@@ -22,6 +22,7 @@ from prosparse.model.model import Model, Tensor, float32
 FFN = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _KINDS = (*FFN, *ATTENTION)
+ROUNDING = 0.01  # a `change` that is no news: F16, BF16 and Q8_0 stay below
 _TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 # what a model may have otherwise than its base: the activation is the adapter's, the others stay the base's
 _FREE = ("activation", "bos_token_id", "eos_token_ids", "max_position_embeddings")

@@ -61,7 +61,7 @@ class Mixture:
         self._stores = list(stores)
         self._shares = np.cumsum(weights) / np.sum(weights)
         self.context, self._seed = context, seed
-        self._noise, self._vocab_size = noise, vocab_size
+        self.noise, self._vocab_size = noise, vocab_size
         whole = [(len(store.tokens) - 1) // context for store in stores]
         self._held_out = [min(held_out, blocks // 8) for blocks in whole]
         self._blocks = [blocks - held for blocks, held in zip(whole, self._held_out, strict=True)]
@@ -100,7 +100,7 @@ class Mixture:
     def batch(self, first: int, count: int) -> Batch:
         """Sequences `first` to `first + count` of the run."""
         batch = self._read([self.locate(first + i) for i in range(count)])
-        if self._noise:
+        if self.noise:
             for index in range(first | 1, first + count, 2):
                 self._disturb(batch.tokens[index - first], index)
         return batch
@@ -127,7 +127,7 @@ class Mixture:
     def _disturb(self, tokens: np.ndarray, index: int) -> None:
         """Puts tokens of the whole vocabulary in the place of some, in sequence `index` of the run."""
         random = _random(self._seed, 1 + len(self._stores), index)
-        hit = random.random(len(tokens)) < self._noise
+        hit = random.random(len(tokens)) < self.noise
         tokens[hit] = random.integers(self._vocab_size, size=int(hit.sum()))
 
     def _choices(self, chunk: int) -> np.ndarray:

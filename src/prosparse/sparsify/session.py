@@ -18,7 +18,7 @@ from prosparse.formats import open_model
 from prosparse.formats.files import written_whole
 from prosparse.formats.hf import write_folder
 from prosparse.model.activation import Activation
-from prosparse.model.adapter import ATTENTION, FFN, change, kind_of, parse_ranks
+from prosparse.model.adapter import ATTENTION, FFN, ROUNDING, change, kind_of, parse_ranks
 from prosparse.model.fold import unfold_thresholds
 from prosparse.model.model import Model
 from prosparse.sparsify import coded, hf_model, lora, progress, report, selfdata, settings, tokens
@@ -33,7 +33,6 @@ from prosparse.sparsify.settings import Reading
 from prosparse.sparsify.tokens import TokenStore
 from prosparse.sparsify.trainer import Feed, Trainer
 
-_ROUNDING = 0.01  # a change that is no news: F16, BF16 and Q8_0 stay below
 _SAMPLED_AT_ONCE = 1024  # rows of self-generated text, on a GPU
 
 
@@ -179,27 +178,26 @@ class Session:
         if self.args.keep_embeddings:
             trunk.freeze_embeddings()
         if self.levels is not None:
-            self._warn_of_embeddings(start)
-            self._warn_of_kinds(start, {*FFN, *ATTENTION} - self.levels.keys())
+            self._tell_what_is_lost(start, {*FFN, *ATTENTION} - self.levels.keys())
             coded.add(trunk, self.levels, start)
         if self.ranks is not None:
             torch.manual_seed(self.args.seed)
             lora.add(trunk, self.ranks)
             if start is not self.original:
-                self._warn_of_embeddings(start)
+                self._tell_what_is_lost(start)
                 lora.start_at(trunk, start)
         return trunk
 
-    def _warn_of_kinds(self, start: Model, kinds: Collection[str]) -> None:
-        """Of matrices that stay the original's, where `start` has others."""
+    def _tell_what_is_lost(self, start: Model, kinds: Collection[str] = ()) -> None:
+        """Of `start`, where embeddings, and matrices of `kinds`, stay the original's."""
+        if start is self.original:
+            return
+        losses = {"adapters leave embeddings alone": change(self.original, start)}
         names = [name for name in start.tensors if kind_of(name) in kinds]
-        if (lost := change(self.original, start, names)) > _ROUNDING:
-            kept = ", ".join(sorted(kinds))
-            self._say(f"{self.args.start}: {kept} have 0 levels, a change of {lost:.1%} is lost")
-
-    def _warn_of_embeddings(self, start: Model) -> None:
-        if (lost := change(self.original, start)) > _ROUNDING:
-            self._say(f"{self.args.start}: adapters leave embeddings alone, a change of {lost:.1%} is lost")
+        losses[f"{', '.join(sorted(kinds))} have 0 levels"] = change(self.original, start, names)
+        for why, lost in losses.items():
+            if lost > ROUNDING:
+                self._say(f"{self.args.start}: {why}, a change of {lost:.1%} is lost")
 
     def _load_teacher(self) -> Trunk:
         dtype = torch.bfloat16 if self.config.bfloat16 else torch.float32

@@ -102,6 +102,8 @@ class Trainer:
         if not ends or ends != sorted(set(ends)) or ends[-1] < self.config.steps:
             raise ValueError(f"the data's last steps {ends} must rise to the last of {self.config.steps}")
         for feed in self.feeds:
+            if feed.mixture.noise != self.config.noise:
+                raise ValueError(f"the data has noise {feed.mixture.noise}, the run {self.config.noise}")
             if feed.sequences % parts:
                 raise ValueError(
                     f"{feed.sequences} sequences a step are not a multiple of {self.config.micro_sequences} "
@@ -160,7 +162,7 @@ class Trainer:
         return [{"params": group, "scale": scale} for scale, group in groups.items()]
 
     def _scale(self, matrix: str) -> float:
-        in_attention = not set(ATTENTION).isdisjoint(matrix.split("."))
+        in_attention = any(part in ATTENTION for part in matrix.split("."))
         return self.config.matrix_rate * (self.config.attention_rate if in_attention else 1.0)
 
     def _feed_at(self, step: int) -> tuple[Feed, int]:
