@@ -132,7 +132,7 @@ LEGS = {
     "target": _ablation("--target 0.9"),
     "states": _ablation("--target 0.9 --states 1"),
     # Models of earlier campaigns, each from another. `trunk` is step 1600 of 3357 that were planned, without
-    # a report; `adapter` is the built-in model.
+    # a report; `adapter` was the built-in model.
     "trunk": Leg(
         105e6,
         f"--target 0.826 --reach 1 --lr 2e-3 --lr-floor 0.67 --keep-embeddings {_MUON}",
@@ -170,12 +170,32 @@ LEGS = {
         mix=THIRD_MIX,
     ),
     # from the original; when these were trained, sequences with noise counted as sparsity too
-    "90": Leg(793.6e6, f"--target 0.903 --reach 0.3 --lr 2e-3 --keep-embeddings {_GENTLY} --pull 0.06"),
-    "95": Leg(38.7e6, f"--target 0.952 --reach 0.3 --lr 1.5e-3 --keep-embeddings {_GENTLY} --pull 0.1", "90"),
+    "fourth": Leg(793.6e6, f"--target 0.903 --reach 0.3 --lr 2e-3 --keep-embeddings {_GENTLY} --pull 0.06"),
+    "fourth_95": Leg(
+        38.7e6, f"--target 0.952 --reach 0.3 --lr 1.5e-3 --keep-embeddings {_GENTLY} --pull 0.1", "fourth"
+    ),
     "adapter_3": Leg(
         38.7e6,
         f"--target 0.884 --reach 0.1 --lr 1e-3 --levels 3,gate_proj=2 --type f32 {_GENTLY} --pull 0.3",
+        "fourth",
+    ),
+    "90": Leg(
+        279.2e6,
+        f"--target 0.9035 --reach 0.1 --lr 1e-3 --lr-floor 0.01 --keep-embeddings {_MUON} "
+        "--attention-rate 0.3",
+        "third",
+    ),
+    "95": Leg(
+        242.8e6,
+        f"--target 0.9515 --reach 0.3 --lr 1.2e-3 --lr-floor 0.01 --keep-embeddings {_MUON} "
+        "--attention-rate 0.3",
         "90",
+    ),
+    # the built-in model: from the original, in codes from the first step
+    "adapter_4": Leg(
+        530.9e6,
+        "--target 0.886 --reach 0.3 --lr 1.2e-3 --lr-floor 0.01 --levels 3,gate_proj=2 --type f32 "
+        f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
     ),
 }
 _OWN = "its own text"

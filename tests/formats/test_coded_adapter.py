@@ -337,4 +337,4 @@ def test_merged_into_a_folder(folder, path):
 def test_the_adapter_that_is_shipped():
     made = files.read(builtin.ADAPTER)
     levels = {kind_of(name): change.levels for name, change in made.matrices.items()}
-    assert levels == dict.fromkeys(FFN, 3) | dict.fromkeys(ATTENTION, 2)
+    assert levels == dict.fromkeys((*FFN, *ATTENTION), 3) | {"gate_proj": 2}
