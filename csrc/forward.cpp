@@ -154,12 +154,13 @@ uint64_t Model::ffn_segment(const Neurons& n, const Matrix& gate, int first, int
     for (int g = first; g <= last; g++) {
         const int j0 = g * kGroup, count = g < last ? std::min(kGroup, n.count - j0) : 0;
         float pre[kGroup];
-        for (int r = 0; r < count; r++) {
-            if (wanted.due(r + 1, count))
-                pre[r] = k_.dot_stream(&gate, j0 + r, &x, wanted.next(nullptr));
-            else
-                k_.matvec(&gate, j0 + r, j0 + r + 1, &x, pre + r);
+        const int half = count / 2;
+        for (int r = 0; r < half; r++) {
+            const uint8_t* beside = wanted.due(r + 1, half) ? wanted.next(nullptr) : nullptr;
+            const uint8_t* other = wanted.due(r + 1, half) ? wanted.next(nullptr) : beside;
+            k_.dot_two(&gate, j0 + r, half, &x, beside, other, pre + r);
         }
+        if (count % 2) k_.matvec(&gate, j0 + count - 1, j0 + count, &x, pre + count - 1);
         wanted.finish();
         for (int i = 0; i < n_pending; i++) {
             const uint8_t* up = n.up(pending[i]);  // nothing else is wanted yet

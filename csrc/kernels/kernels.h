@@ -99,8 +99,10 @@ struct Kernels {
 
     void (*quantize)(const float* x, int n, Acts* out);
     void (*matvec)(const Matrix* w, int r0, int r1, const Acts* x, float* out);
-    // one row of it, while as many bytes from `beside` on are requested
-    float (*dot_stream)(const Matrix* w, int r, const Acts* x, const uint8_t* beside);
+    // two rows of it, into out[0] and out[apart], while as many bytes from `beside` and `other` on are
+    // requested, if there are these
+    void (*dot_two)(const Matrix* w, int r, int apart, const Acts* x, const uint8_t* beside,
+                    const uint8_t* other, float* out);
     // a row by itself, while as many bytes from `next` and from `beside` on are requested
     float (*dot)(Type type, const uint8_t* row, int cols, const Acts* x, const uint8_t* next,
                  const uint8_t* beside);

@@ -153,24 +153,6 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x, A
     return _mm512_reduce_add_ps(lanes);
 }
 
-// Two rows that lie far apart: a core reads two streams on different pages a tenth faster than one.
-template <Type T>
-static inline void dot_two_rows(const Matrix* w, int r, int apart, const Acts* x, float* out) {
-    const uint8_t* row = w->row(r);
-    const size_t bytes = w->stride * size_t(apart);
-    const Stream<T, 2> ahead{row, bytes};
-    float two[2];
-    if constexpr (quantized(T)) {
-        __m512 lanes[2];
-        dot_lanes<T, 2>(row, bytes, w->cols, x, ahead, lanes);
-        for (int i = 0; i < 2; i++) two[i] = _mm512_reduce_add_ps(lanes[i]);
-    } else {
-        dot_float<T, 2>(row, bytes, w->cols, x, ahead, two);
-    }
-    out[0] = two[0];
-    out[apart] = two[1];
-}
-
 // The sums of 16 vectors, each added up in the order of _mm512_reduce_add_ps, so that rows computed side by
 // side and rows by themselves agree bit for bit.
 static inline __m512 sums_of(const __m512 v[16]) {
@@ -323,6 +305,42 @@ static inline float dot_row(const uint8_t* row, int cols, const Acts* x, Ahead a
     }
 }
 
+// Rows r and r + apart, into out[0] and out[apart]. A core reads two streams on different pages a tenth
+// faster than one.
+template <Type T>
+static inline void dot_two_rows(const Matrix* w, int r, int apart, const Acts* x, const uint8_t* beside,
+                                const uint8_t* other, float* out) {
+    const uint8_t* row = w->row(r);
+    const size_t bytes = w->stride * size_t(apart);
+    float two[2];
+#if defined(PS_AVX512)
+    auto both = [&](auto ahead) __attribute__((always_inline)) {
+        if constexpr (quantized(T)) {
+            __m512 lanes[2];
+            dot_lanes<T, 2>(row, bytes, w->cols, x, ahead, lanes);
+            for (int i = 0; i < 2; i++) two[i] = _mm512_reduce_add_ps(lanes[i]);
+        } else {
+            dot_float<T, 2>(row, bytes, w->cols, x, ahead, two);
+        }
+    };
+    using Two = Stream<T, 2>;
+    const Two two_streams{row, bytes};
+    if (beside)
+        both(Beside<Beside<Two>>{{two_streams, beside}, other});
+    else
+        both(two_streams);
+#else
+    auto one = [&](const uint8_t* p, const uint8_t* q) {
+        return q ? dot_row<T>(p, w->cols, x, Beside<Stream<T>>{{p}, q})
+                 : dot_row<T>(p, w->cols, x, Stream<T>{p});
+    };
+    two[0] = one(row, beside);
+    two[1] = one(row + bytes, other);
+#endif
+    out[0] = two[0];
+    out[apart] = two[1];
+}
+
 template <Type T>
 static inline void dot_rows(const Matrix* w, int r0, int r1, const Acts* x, float* out) {
     int r = r0;
@@ -331,7 +349,8 @@ static inline void dot_rows(const Matrix* w, int r0, int r1, const Acts* x, floa
         if (w->cols <= kShort)
             for (; r + 16 <= r1; r += 16) dot_16_rows<T>(w, r, x, out + (r - r0));
     const int half = (r1 - r) / 2;
-    for (const int end = r + half; r < end; r++) dot_two_rows<T>(w, r, half, x, out + (r - r0));
+    for (const int end = r + half; r < end; r++)
+        dot_two_rows<T>(w, r, half, x, nullptr, nullptr, out + (r - r0));
     r += half;
 #endif
     for (; r < r1; r++) out[r - r0] = dot_row<T>(w->row(r), w->cols, x, Stream<T>{w->row(r)});
@@ -343,12 +362,11 @@ void matvec(const Matrix* w, int r0, int r1, const Acts* x, float* out) {
 #undef PS_CALL
 }
 
-float dot_stream(const Matrix* w, int r, const Acts* x, const uint8_t* beside) {
-    const uint8_t* row = w->row(r);
-#define PS_CALL(T) return dot_row<T>(row, w->cols, x, Beside<Stream<T>>{{row}, beside})
+void dot_two(const Matrix* w, int r, int apart, const Acts* x, const uint8_t* beside, const uint8_t* other,
+             float* out) {
+#define PS_CALL(T) dot_two_rows<T>(w, r, apart, x, beside, other, out)
     PS_BY_TYPE(w->type, PS_CALL)
 #undef PS_CALL
-    return 0;
 }
 
 float dot(Type type, const uint8_t* row, int cols, const Acts* x, const uint8_t* next,

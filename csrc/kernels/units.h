@@ -7,7 +7,8 @@ namespace PS_NS {
 
 void quantize(const float* x, int n, Acts* out);
 void matvec(const Matrix* w, int r0, int r1, const Acts* x, float* out);
-float dot_stream(const Matrix* w, int r, const Acts* x, const uint8_t* beside);
+void dot_two(const Matrix* w, int r, int apart, const Acts* x, const uint8_t* beside, const uint8_t* other,
+             float* out);
 float dot(Type type, const uint8_t* row, int cols, const Acts* x, const uint8_t* next, const uint8_t* beside);
 void dequantize(Type type, const uint8_t* row, int cols, float* out);
 void down(Type type, const uint8_t* const* rows, const float* x, int n, const uint8_t* scales, int width,
