@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from prosparse.engine.completion import Completion
     from prosparse.engine.engine import LLM
 
-PROMPT = "What is the capital of France? Then explain in two sentences what a CPU cache is."
+PROMPT = "Explain in three sentences what a CPU cache is."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
