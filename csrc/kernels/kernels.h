@@ -100,7 +100,7 @@ struct Kernels {
     void (*quantize)(const float* x, int n, Acts* out);
     void (*matvec)(const Matrix* w, int r0, int r1, const Acts* x, float* out);
     // two rows of it, into out[0] and out[apart], while as many bytes from `beside` and `other` on are
-    // requested, if there are these
+    // requested; both may be null
     void (*dot_two)(const Matrix* w, int r, int apart, const Acts* x, const uint8_t* beside,
                     const uint8_t* other, float* out);
     // a row by itself, while as many bytes from `next` and from `beside` on are requested

@@ -69,7 +69,7 @@ def test_nothing_active(tiny_model):
 
 @pytest.mark.parametrize("mode", ["dense", "exact"])
 @pytest.mark.parametrize("type", TYPES)
-@pytest.mark.parametrize(("hidden", "intermediate"), [(32, 32), (96, 224), (160, 96), (224, 544)])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(32, 32), (96, 224), (160, 96), (224, 544), (544, 96)])
 def test_sizes_of_blocks(tiny_model, type, hidden, intermediate, mode):
     """Multiples of the quantisation block, 32, that are not multiples of 64."""
     check(tiny_model(type=type, act="relu", hidden=hidden, intermediate=intermediate, head_dim=32), mode)
