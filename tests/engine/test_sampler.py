@@ -183,8 +183,8 @@ def test_is_fast(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     drawing = Sampler(SamplingParams(seed=0))
     times = []
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.thread_time()
         drawing.sample(logits)
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     # a tenth of a millisecond is the aim; a shared core gets some room
     assert min(times) < 0.3e-3
