@@ -66,7 +66,7 @@ def test_errors_come_back():
 
 def test_llama_cpp_runs_it(tmp_path):
     pytest.importorskip("llama_cpp", reason="the rival is installed by make bench")
-    write(tiny(), "q8_0", tmp_path / "m.gguf")
+    write(tiny(), "f16", tmp_path / "m.gguf")
     with Process(LlamaCpp, path=tmp_path / "m.gguf", n_threads=1) as process:
         assert len(process.call("decode", [3, 4, 5])) == 3
         assert process.call("prefill", [3, 4, 5]) > 0
