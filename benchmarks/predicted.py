@@ -1,9 +1,9 @@
 """Predicted mode beside exact mode and the dense twin: the 1B shape at 88 % with a low-rank predictor.
 
-    python -m benchmarks.predicted [--type q8_0] [--predicted 0.8] [--threads 2] [--rounds 7]
+    python -m benchmarks.predicted [--type q8_0] [--predictor q8_0] [--predicted 0.8] [--threads 2]
 
 Random gates cannot be predicted, so gates here have rank 64 by construction and the predictor of rank 128 is
-that factorisation (relu(Bx) and relu(-Bx)), stored as Q8_0: it finds every active neuron, and its threshold
+that factorisation (relu(Bx) and relu(-Bx)): stored as Q8_0 it finds every active neuron, and its threshold
 names `--predicted` of the neurons inactive. Speed depends on these shares and shapes alone. llama.cpp, where
 installed, runs the same shapes with Swish. Systems take turns, each in a process of its own.
 """
@@ -36,9 +36,12 @@ def stored(values: np.ndarray, type: str) -> Tensor:
     return Tensor(type, values.shape, quants.quantize(values, type))
 
 
-def predictable(shape: shapes.Shape, type: str, sparsity: float, predicted: float) -> Path:
-    """The shape's file with gates of rank 64 and the predictor that finds them."""
-    path = shapes.CACHE / f"{shape.name}-{shape.layers}l-{type}-predictable-{sparsity}-{predicted}.gguf"
+def predictable(
+    shape: shapes.Shape, type: str, sparsity: float, predicted: float, predictor: str = "q8_0"
+) -> Path:
+    """The shape's file with gates of rank 64 and the predictor, of type `predictor`, that finds them."""
+    kind = "predictable" if predictor == "q8_0" else f"predictable-{predictor}"
+    path = shapes.CACHE / f"{shape.name}-{shape.layers}l-{type}-{kind}-{sparsity}-{predicted}.gguf"
     if path.exists():
         return path
     model = open_model(shapes.cached(shape, type))
@@ -49,7 +52,8 @@ def predictable(shape: shapes.Shape, type: str, sparsity: float, predicted: floa
         a = rng.standard_normal((shape.ffn, RANK), np.float32)
         b = rng.standard_normal((RANK, shape.hidden), np.float32) * scale
         tensors[f"model.layers.{layer}.mlp.gate_proj.weight"] = stored(a @ b, type.upper())
-        networks.append((stored(np.vstack([b, -b]), "Q8_0"), stored(np.hstack([a, -a]), "Q8_0")))
+        pair = np.vstack([b, -b]), np.hstack([a, -a])
+        networks.append((stored(pair[0], predictor.upper()), stored(pair[1], predictor.upper())))
     deviation = shapes.WEIGHT_STD * shape.hidden**0.5
 
     def threshold(share: float) -> float:
@@ -65,7 +69,7 @@ def predictable(shape: shapes.Shape, type: str, sparsity: float, predicted: floa
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     shape = shapes.minicpm_1b(args.layers)
-    path = predictable(shape, args.type, args.sparsity, args.predicted)
+    path = predictable(shape, args.type, args.sparsity, args.predicted, args.predictor)
     tokens = np.random.default_rng(0).integers(3, 30000, args.n).tolist()
     with contextlib.ExitStack() as stack:
 
@@ -84,7 +88,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     read = {name: fact["bytes_per_token"] for name, fact in facts.items() if "bytes_per_token" in fact}
     pairs = [(a, b) for a in ("exact", "predicted") for b in rounds if b != a]
     return {
-        "command": f"{COMMAND} --type {args.type} --predicted {args.predicted} --threads {args.threads}",
+        "command": f"{COMMAND} --type {args.type} --predictor {args.predictor} --predicted {args.predicted} "
+        f"--threads {args.threads}",
         "machine": machine.describe(),
         "shape": f"{shape.name}, {shape.layers} layers",
         "type": args.type,
@@ -103,6 +108,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
     parser.add_argument("--type", default="q8_0", choices=shapes.TYPES)
+    parser.add_argument("--predictor", default="q8_0", choices=("q8_0", "q4_0"), help="its type [q8_0]")
     parser.add_argument("--sparsity", type=float, default=0.88, help="inactive neurons [0.88]")
     parser.add_argument("--predicted", type=float, default=0.80, help="of them named inactive [0.80]")
     parser.add_argument("--threads", type=int, default=2)
