@@ -90,16 +90,22 @@ void Model::attend_token(Layer& l, int index, Cache& cache) {
         k_.to_half(&w.v[size_t(h * hd)], hd, cache.v(index, h) + size_t(pos) * size_t(pad));
     }
     const float scale = 1.0f / std::sqrt(float(hd));
-    pool_->run(c.num_attention_heads, [&](int i, int thread) {
-        const int h = in_stream(i, c.num_attention_heads, n_threads());
-        float q[1024], out[1024];  // zero-padded copies
-        std::memset(q, 0, size_t(pad) * 4);
-        std::memcpy(q, &w.q[size_t(h * hd)], size_t(hd) * 4);
-        const int kv = h / c.group();
+    // query heads of one KV head together, unless threads would have nothing to do
+    int heads = c.group();
+    while (heads > 1 && c.num_attention_heads / heads < 2 * n_threads()) {
+        do heads--;
+        while (c.group() % heads);
+    }
+    const int items = c.num_attention_heads / heads;
+    pool_->run(items, [&](int i, int thread) {
+        const int h = in_stream(i, items, n_threads()) * heads, kv = h / c.group();
+        auto& head = w.heads[size_t(thread)];  // zero-padded queries, then outputs
+        float *q = head.data(), *out = head.data() + c.group() * pad;
+        for (int j = 0; j < heads; j++) std::memcpy(q + j * pad, &w.q[size_t((h + j) * hd)], size_t(hd) * 4);
         AttendArgs a{q,
                      cache.k(index, kv),
                      cache.v(index, kv),
-                     1,
+                     heads,
                      pos + 1,
                      pad,
                      pad,
@@ -108,7 +114,8 @@ void Model::attend_token(Layer& l, int index, Cache& cache) {
                      w.scores[size_t(thread)].data(),
                      out};
         k_.attend(&a);
-        std::memcpy(w.attn.acts.f + size_t(h * hd), out, size_t(hd) * 4);
+        for (int j = 0; j < heads; j++)
+            std::memcpy(w.attn.acts.f + size_t((h + j) * hd), out + j * pad, size_t(hd) * 4);
     });
     k_.quantize(w.attn.acts.f, c.q_size(), &w.attn.acts);
 }

@@ -153,29 +153,6 @@ static inline float dot_quantized(const uint8_t* row, int cols, const Acts* x, A
     return _mm512_reduce_add_ps(lanes);
 }
 
-// The sums of 16 vectors, each added up in the order of _mm512_reduce_add_ps, so that rows computed side by
-// side and rows by themselves agree bit for bit.
-static inline __m512 sums_of(const __m512 v[16]) {
-    __m512 a[8], b[4], c[2];
-    unroll<8>([&](auto i) {
-        const __m512 p = v[i], q = v[i + 8];
-        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xee));
-    });
-    unroll<4>([&](auto i) {
-        const __m512 p = a[i], q = a[i + 4];
-        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
-    });
-    // each lane of 128 bits holds one row's sums: of row i, i + 8, i + 4 and i + 12
-    unroll<2>([&](auto i) {
-        const __m512d p = _mm512_castps_pd(b[i]), q = _mm512_castps_pd(b[i + 2]);
-        c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
-    });
-    const __m512 d = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
-    const __m512i in_order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-    return _mm512_permutexvar_ps(in_order, d);
-}
-
 // Rows this short, as a predictor's second matrix has, are computed sixteen side by side: adding up the lanes
 // of each by itself would take longer than its products.
 constexpr int kShort = 448;  // columns: what the loop over 16 blocks never sees
@@ -183,9 +160,9 @@ template <Type T>
 static inline void dot_16_rows(const Matrix* w, int r, const Acts* x, float* out) {
     const Stream<T> ahead{w->row(r)};
     for (size_t i = 0; i < 16 * w->stride; i += 64) ahead.template request<64>(i);
-    __m512 lanes[16];
-    for (int i = 0; i < 16; i++) dot_lanes<T, 1>(w->row(r + i), 0, w->cols, x, Nothing{}, lanes + i);
-    _mm512_storeu_ps(out, sums_of(lanes));
+    vf lanes[16];
+    for (int i = 0; i < 16; i++) dot_lanes<T, 1>(w->row(r + i), 0, w->cols, x, Nothing{}, (__m512*)lanes + i);
+    store(out, sums_of(lanes));
 }
 #elif defined(PS_AVX2)
 static inline __m256i load256(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }

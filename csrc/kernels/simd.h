@@ -155,6 +155,48 @@ static inline float sum(vf x) {
     return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
 }
+// The sums of W vectors, each added up in the order of `sum`, so that rows computed side by side and rows by
+// themselves agree bit for bit.
+static inline vf sums_of(const vf (&v)[W]) {
+#if defined(PS_AVX512)
+    __m512 a[8], b[4], c[2];
+    unroll<8>([&](auto i) {
+        const __m512 p = (__m512)v[i], q = (__m512)v[i + 8];
+        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xee));
+    });
+    unroll<4>([&](auto i) {
+        const __m512 p = a[i], q = a[i + 4];
+        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
+    });
+    // each lane of 128 bits holds one row's sums: of row i, i + 8, i + 4 and i + 12
+    unroll<2>([&](auto i) {
+        const __m512d p = _mm512_castps_pd(b[i]), q = _mm512_castps_pd(b[i + 2]);
+        c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    });
+    const __m512 d = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
+    const __m512i in_order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    return (vf)_mm512_permutexvar_ps(in_order, d);
+#elif defined(PS_AVX2)
+    __m256 a[4], b[2];
+    unroll<4>([&](auto i) {
+        const __m256 p = (__m256)v[i], q = (__m256)v[i + 4];
+        a[i] = _mm256_add_ps(_mm256_permute2f128_ps(p, q, 0x20), _mm256_permute2f128_ps(p, q, 0x31));
+    });
+    // each lane of 128 bits holds one row's sums: of row i and i + 4
+    unroll<2>([&](auto i) {
+        const __m256d p = _mm256_castps_pd(a[i]), q = _mm256_castps_pd(a[i + 2]);
+        b[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)),
+                             _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
+    });
+    const __m256 c = _mm256_add_ps(_mm256_shuffle_ps(b[0], b[1], 0x88), _mm256_shuffle_ps(b[0], b[1], 0xdd));
+    return (vf)_mm256_permutevar8x32_ps(c, _mm256_setr_epi32(0, 2, 1, 3, 4, 6, 5, 7));
+#else
+    vf r;
+    for (int i = 0; i < W; i++) r[i] = sum(v[i]);
+    return r;
+#endif
+}
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 // Cephes-style e^x: |error| < 2 ulp on [-87, 88], saturating outside.

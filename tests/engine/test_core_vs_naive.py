@@ -105,6 +105,19 @@ def test_architectures(tiny_model, options, type):
     check(tiny_model(type=type, act="relu", **options), "exact")
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv", "head_dim"), [(8, 1, 80), (12, 4, 64), (14, 2, 24), (5, 1, 16), (3, 3, 18)]
+)
+def test_heads_of_one_key(tiny_model, heads, kv, head_dim):
+    """Heads are computed together or apart, by how many threads there are, with the same bits."""
+    model = tiny_model(heads=heads, kv=kv, head_dim=head_dim, layers=1)
+    tokens = np.random.default_rng(0).integers(0, 288, 70).astype(np.int32)
+    alone = decode(LLM(model, n_threads=1), tokens)
+    close(alone, LLM(model, backend="naive").forward(tokens, all_logits=True))
+    for threads in (2, 4, 9):
+        assert np.array_equal(decode(LLM(model, n_threads=threads), tokens), alone)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 31, 64, 65, 127, 300])
 def test_prompt_lengths(tiny_model, n):
     tokens = np.random.default_rng(n).integers(0, 288, n).astype(np.int32)
