@@ -79,6 +79,29 @@ void Model::rotate(float* x, int heads, int index, const std::vector<float>& nor
     }
 }
 
+void Model::attend(Cache& cache, int index, int first, int heads, int n, const float* queries, float* results,
+                   int thread) {
+    const int hd = config.head_dim, pad = config.padded_head(), kv = first / config.group();
+    auto& head = ws_->heads[size_t(thread)];  // zero-padded queries, then outputs
+    float *q = head.data(), *out = q + config.group() * pad;
+    for (int h = 0; h < heads; h++)
+        std::memcpy(q + h * pad, queries + size_t((first + h) * hd), size_t(hd) * 4);
+    AttendArgs a{q,
+                 cache.k(index, kv),
+                 cache.v(index, kv),
+                 heads,
+                 n,
+                 pad,
+                 pad,
+                 pad,
+                 1.0f / std::sqrt(float(hd)),
+                 ws_->scores[size_t(thread)].data(),
+                 out};
+    k_.attend(&a);
+    for (int h = 0; h < heads; h++)
+        std::memcpy(results + size_t((first + h) * hd), out + h * pad, size_t(hd) * 4);
+}
+
 void Model::attend_token(Layer& l, int index, Cache& cache) {
     Workspace& w = *ws_;
     const Config& c = config;
@@ -89,33 +112,13 @@ void Model::attend_token(Layer& l, int index, Cache& cache) {
         k_.to_half(&w.k[size_t(h * hd)], hd, cache.k(index, h) + size_t(pos) * size_t(pad));
         k_.to_half(&w.v[size_t(h * hd)], hd, cache.v(index, h) + size_t(pos) * size_t(pad));
     }
-    const float scale = 1.0f / std::sqrt(float(hd));
     // query heads of one KV head together, unless threads would have nothing to do
     int heads = c.group();
-    while (heads > 1 && c.num_attention_heads / heads < 2 * n_threads()) {
-        do heads--;
-        while (c.group() % heads);
-    }
+    while (heads > 1 && (c.group() % heads || c.num_attention_heads / heads < 2 * n_threads())) heads--;
     const int items = c.num_attention_heads / heads;
     pool_->run(items, [&](int i, int thread) {
-        const int h = in_stream(i, items, n_threads()) * heads, kv = h / c.group();
-        auto& head = w.heads[size_t(thread)];  // zero-padded queries, then outputs
-        float *q = head.data(), *out = head.data() + c.group() * pad;
-        for (int j = 0; j < heads; j++) std::memcpy(q + j * pad, &w.q[size_t((h + j) * hd)], size_t(hd) * 4);
-        AttendArgs a{q,
-                     cache.k(index, kv),
-                     cache.v(index, kv),
-                     heads,
-                     pos + 1,
-                     pad,
-                     pad,
-                     pad,
-                     scale,
-                     w.scores[size_t(thread)].data(),
-                     out};
-        k_.attend(&a);
-        for (int j = 0; j < heads; j++)
-            std::memcpy(w.attn.acts.f + size_t((h + j) * hd), out + j * pad, size_t(hd) * 4);
+        const int first = in_stream(i, items, n_threads()) * heads;
+        attend(cache, index, first, heads, pos + 1, w.q.data(), w.attn.acts.f, thread);
     });
     k_.quantize(w.attn.acts.f, c.q_size(), &w.attn.acts);
 }
@@ -301,29 +304,10 @@ void Model::attend_batch(Layer& l, int index, Cache& cache, int m) {
             k_.to_half(v + h * hd, hd, cache.v(index, h) + at);
         }
     });
-    const float scale = 1.0f / std::sqrt(float(hd));
     pool_->run(m * c.num_key_value_heads, [&](int item, int thread) {
         const int i = item / c.num_key_value_heads, kv = item % c.num_key_value_heads;
-        auto& head = w.heads[size_t(thread)];  // zero-padded queries, then outputs
-        float *q = head.data(), *out = head.data() + group * pad;
-        for (int h = 0; h < group; h++)
-            std::memcpy(q + h * pad, &w.bq[size_t(i) * size_t(w.ldq) + size_t((kv * group + h) * hd)],
-                        size_t(hd) * 4);
-        AttendArgs a{q,
-                     cache.k(index, kv),
-                     cache.v(index, kv),
-                     group,
-                     past + i + 1,
-                     pad,
-                     pad,
-                     pad,
-                     scale,
-                     w.scores[size_t(thread)].data(),
-                     out};
-        k_.attend(&a);
-        for (int h = 0; h < group; h++)
-            std::memcpy(&w.battn[size_t(i) * size_t(c.q_size()) + size_t((kv * group + h) * hd)],
-                        out + h * pad, size_t(hd) * 4);
+        attend(cache, index, kv * group, group, past + i + 1, &w.bq[size_t(i) * size_t(w.ldq)],
+               &w.battn[size_t(i) * size_t(c.q_size())], thread);
     });
 }
 

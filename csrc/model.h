@@ -150,6 +150,10 @@ class Model {
     void decode(Cache& cache, int32_t token, const std::function<bool()>& interrupted, bool& stopped);
     // returns the bytes of weights read
     uint64_t project(std::initializer_list<Part> parts, const Acts& x, float scale, bool accumulate);
+    // `heads` query heads from `first` on, of one KV head, over `n` tokens; `queries` and `results` are those
+    // of all heads of a token
+    void attend(Cache& cache, int index, int first, int heads, int n, const float* queries, float* results,
+                int thread);
     void attend_token(Layer& layer, int index, Cache& cache);
     void ffn_dense(Layer& layer);
     void ffn_exact(Layer& layer);
