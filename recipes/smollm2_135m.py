@@ -185,9 +185,15 @@ LEGS = {
         "--attention-rate 0.3",
         "third",
     ),
-    "95": Leg(
+    "fifth_95": Leg(
         242.8e6,
         f"--target 0.9515 --reach 0.3 --lr 1.2e-3 --lr-floor 0.01 --keep-embeddings {_MUON} "
+        "--attention-rate 0.3",
+        "90",
+    ),
+    "95": Leg(
+        360.1e6,
+        f"--target 0.953 --reach 0.3 --lr 1.2e-3 --lr-floor 0.01 --keep-embeddings {_MUON} "
         "--attention-rate 0.3",
         "90",
     ),
@@ -196,6 +202,13 @@ LEGS = {
         530.9e6,
         "--target 0.886 --reach 0.3 --lr 1.2e-3 --lr-floor 0.01 --levels 3,gate_proj=2 --type f32 "
         f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
+    ),
+    # from a full model, in codes from there: no better than the one before it
+    "adapter_5": Leg(
+        361.0e6,
+        "--target 0.8845 --reach 0.1 --lr 1.2e-3 --lr-floor 0.01 --levels 3,gate_proj=2 --type f32 "
+        f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
+        "fourth",
     ),
 }
 _OWN = "its own text"
