@@ -10,6 +10,7 @@
 #include <map>
 #include <numeric>
 
+#include "codes.h"
 #include "dispatch.h"
 #include "model.h"
 
@@ -21,6 +22,7 @@ namespace {
 
 using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<const int16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 template <class T>
@@ -160,6 +162,29 @@ double bandwidth(int n_threads, size_t megabytes) {
     return best;
 }
 
+nb::ndarray<nb::numpy, uint8_t> encode(Codes codes) {
+    if (std::any_of(codes.data(), codes.data() + codes.size(), [](int16_t c) { return c == INT16_MIN; }))
+        throw nb::value_error("codes must be above -32768");
+    const auto bytes = encode_codes(codes.data(), codes.shape(0), codes.shape(1));
+    auto out = array<uint8_t>({bytes.size()});
+    std::copy(bytes.begin(), bytes.end(), out.data());
+    return out;
+}
+
+nb::ndarray<nb::numpy, int16_t> decode(Bytes bytes, size_t rows, size_t cols) {
+    // a byte holds fewer than 6,000 codes: more are not worth their memory
+    if (rows && cols > (bytes.size() + 1) * 8192 / rows)
+        throw nb::value_error("too few bytes for so many codes");
+    auto out = array<int16_t>({rows, cols});
+    bool good;
+    {
+        nb::gil_scoped_release release;
+        good = decode_codes(bytes.data(), bytes.size(), rows, cols, out.data());
+    }
+    if (!good) throw nb::value_error("the bytes are not those of codes of this shape");
+    return out;
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -241,6 +266,8 @@ NB_MODULE(_core, m) {
         return names;
     });
     m.def("top_k", &top_k, "logits"_a, "k"_a);
+    m.def("encode_codes", &encode, "codes"_a);
+    m.def("decode_codes", &decode, "data"_a, "rows"_a, "columns"_a);
     m.def("bandwidth", &bandwidth, "n_threads"_a, "megabytes"_a = 512);
 }
 

@@ -15,6 +15,12 @@ def isas() -> list[str]:
 def top_k(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Ids and values of the `k` largest logits, largest first, ties by lower id."""
 
+def encode_codes(codes: NDArray[np.int16]) -> NDArray[np.uint8]:
+    """A matrix of small integers, range-coded (docs/formats.md, Adapters)."""
+
+def decode_codes(data: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.int16]:
+    """The codes [rows, columns] of what `encode_codes` returned. ValueError for other bytes."""
+
 def bandwidth(n_threads: int, megabytes: int = 512) -> float:
     """Measured read bandwidth of memory in GB/s."""
 

@@ -233,7 +233,7 @@ STEM = "model.layers.0.mlp.gate_proj"
     ("keys", "tensors", "message"),
     [
         ({"general.architecture": "llama"}, {}, "no adapter: prosparse convert"),
-        ({"prosparse.adapter.version": 2}, {}, "adapter format 2, and this prosparse knows 1"),
+        ({"prosparse.adapter.version": 3}, {}, "adapter format 3, and this prosparse knows 2"),
         ({"prosparse.adapter.version": None}, {}, "adapter format None"),
         ({"prosparse.adapter.base": None}, {}, r"key prosparse\.adapter\.base is missing"),
         ({"prosparse.extra": 1}, {}, r"key prosparse\.extra is unknown"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_adapter import GATE, KEYS, STEM, distance, rewritten, tuned_by
 
+import naive_codes
 from prosparse.cli import main
 from prosparse.formats import adapter as files
 from prosparse.formats import builtin, open_model
@@ -14,11 +15,12 @@ from prosparse.formats.convert import convert, write_model
 from prosparse.formats.gguf import read_gguf, write_gguf
 from prosparse.model.activation import Activation
 from prosparse.model.adapter import ATTENTION, FFN, apply, extract, kept, kind_of, parse_levels
-from prosparse.model.coded import Coded
+from prosparse.model.coded import Coded, encoded, float16
 from prosparse.model.factors import Factors
 from prosparse.model.model import Tensor, float32
 
 SCALES = {"gate_proj": 1.9, "up_proj": 0.7}  # as folded thresholds leave them
+CODES = {2: {-1, 1}, 3: {-1, 0, 1}, 5: {-2, -1, 0, 1, 2}}  # by levels
 MIXED = {"levels": dict.fromkeys(FFN, 3), "ranks": dict.fromkeys(ATTENTION, 4)}
 
 
@@ -36,10 +38,6 @@ def tune(base, levels, seed=1):
         return np.float32(SCALES.get(kind, 1)) * (values + steps * codes)
 
     return tuned_by(change, base, rng)
-
-
-def float16(values):
-    return Tensor("F16", values.shape, np.ascontiguousarray(values, np.float16).view(np.uint8))
 
 
 @pytest.fixture
@@ -70,11 +68,11 @@ def test_a_coded_change_is_found_exactly(base, tuned, levels):
     assert apply(base, made).config == tuned.config
     assert distance(apply(base, made), tuned) < 1e-5 * distance(base, tuned)
     for name, change in made.matrices.items():
-        assert change.levels == levels[kind_of(name)]
+        assert set(np.unique(change.codes())) == CODES[levels[kind_of(name)]]
         scale = SCALES.get(kind_of(name), 1)
         assert change.scale == pytest.approx(scale, rel=2e-7)
         difference = tuned.tensors[name].dequantize() / scale - base.tensors[name].dequantize()
-        steps = np.abs(difference).max(axis=1) / (2 if change.levels == 5 else 1)
+        steps = np.abs(difference).max(axis=1) / (2 if levels[kind_of(name)] == 5 else 1)
         assert np.array_equal(change.steps.data, float16(steps).data)
     assert all(share == pytest.approx(1, abs=1e-6) for share in kept(base, tuned, made).values())
 
@@ -87,39 +85,43 @@ def test_the_file_holds_everything(base, tuned, levels, tmp_path):
     assert again.size_bytes == made.size_bytes and again.matrices.keys() == made.matrices.keys()
     for name, change in made.matrices.items():
         theirs = again.matrices[name]
-        numbers = [(c.scale, c.levels, c.columns, c.shape) for c in (theirs, change)]
+        numbers = [(c.scale, c.columns, c.shape) for c in (theirs, change)]
         assert numbers[0] == numbers[1]
         assert np.array_equal(theirs.steps.data, change.steps.data)
-        assert np.array_equal(theirs.codes.data, change.codes.data)
+        assert np.array_equal(theirs.stream.data, change.stream.data)
+        assert theirs.column_steps is None
     files.write(tmp_path / "b.gguf", again)
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
 
 
-@pytest.mark.parametrize("forms", ["3:2", "5:3"])
-def test_the_file_is_as_documented(base, tmp_path, forms):
+def with_column_steps(made):
+    """The adapter with steps of columns, which are 1 and 2 in turns."""
+    matrices = {
+        name: replace(change, column_steps=float16(1 + np.arange(change.columns) % 2))
+        for name, change in made.matrices.items()
+    }
+    return replace(made, matrices=matrices)
+
+
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_the_file_is_as_documented(base, tmp_path, with_columns):
     """Read by the package gguf, and decoded in loops, in float64."""
     from gguf import GGMLQuantizationType, GGUFReader
 
-    path, forms = tmp_path / "a.gguf", parse_levels(forms)
-    files.write(path, extract(base, tune(base, forms), levels=forms))
+    path, levels = tmp_path / "a.gguf", parse_levels("5:3")
+    made = extract(base, tune(base, levels), levels=levels)
+    files.write(path, with_column_steps(made) if with_columns else made)
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     merged = apply(base, files.read(path))
     for name in (GATE, KEYS):
         stem = name.removesuffix(".weight")
-        scale, levels, columns = (float(value) for value in stored[f"{stem}.coding"].data)
+        scale, columns = (float(value) for value in stored[f"{stem}.coding"].data)
         steps, codes = stored[f"{stem}.steps"].data, stored[f"{stem}.codes"]
         assert steps.dtype == np.float16 and codes.tensor_type == GGMLQuantizationType.I8
         result = base.tensors[name].dequantize().astype(float)
         assert (len(steps), int(columns)) == result.shape
-        for row, data in enumerate(codes.data.view(np.uint8)):
-            for column in range(int(columns)):
-                if levels == 5:
-                    code = data[column // 3] // 5 ** (column % 3) % 5 - 2.0
-                elif levels == 3:
-                    code = data[column // 5] // 3 ** (column % 5) % 3 - 1.0
-                else:
-                    code = 2.0 * (data[column // 8] >> column % 8 & 1) - 1
-                result[row, column] += float(steps[row]) * code
+        found = np.array(naive_codes.decoded(codes.data.view(np.uint8), *result.shape))
+        result += steps.astype(float)[:, None] * found * (1 + with_columns * (np.arange(columns) % 2))
         assert np.abs(merged.tensors[name].dequantize() - scale * result).max() < 1e-6
 
 
@@ -178,8 +180,8 @@ def coding(*values):
     return float32(np.array(values))
 
 
-def data(rows, columns, value=0):
-    return Tensor("I8", (rows, columns), np.full((rows, columns), value, np.uint8))
+def data(*values):
+    return Tensor("I8", np.shape(values), np.array(values, np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -188,30 +190,24 @@ def data(rows, columns, value=0):
         ({f"{STEM}.codes": None}, rf"tensor {STEM}\.codes is missing"),
         ({f"{STEM}.steps": None}, rf"tensor {STEM}\.steps is missing"),
         ({f"{STEM}.coding": None}, rf"tensor {STEM}\.(steps|codes) .* is no part of an adapter"),
-        ({f"{STEM}.coding": coding(1, 3)}, rf"{STEM}: coding must be 3 F32, not F32 \(2,\)"),
-        ({f"{STEM}.coding": coding(1, 4, 64)}, "4 levels are not known"),
-        ({f"{STEM}.coding": coding(1, 2.5, 64)}, "2.5 levels and 64 columns must be whole numbers"),
-        ({f"{STEM}.coding": coding(1, 3, 63.5)}, "must be whole numbers"),
-        ({f"{STEM}.coding": coding(1, 3, 66)}, r"codes must be I8 \[rows, 14\] for 66 columns"),
-        ({f"{STEM}.coding": coding(1, 3, 1e38)}, "codes must be I8"),
-        ({f"{STEM}.coding": coding(1, 3, -4)}, "codes must be I8"),
-        ({f"{STEM}.coding": coding(0, 3, 64)}, f"{STEM}: a scale must be finite and above 0, not 0.0"),
-        ({f"{STEM}.coding": coding(-1, 3, 64)}, "a scale must be finite and above 0, not -1.0"),
-        ({f"{STEM}.coding": coding(np.nan, 3, 64)}, rf"tensor {STEM}\.coding: NaN"),
-        ({f"{STEM}.codes": data(96, 12)}, "codes must be I8"),
-        ({f"{STEM}.codes": data(95, 13)}, "steps must be F16"),
-        ({f"{STEM}.codes": float32(np.ones((96, 13)))}, "codes must be I8 .* not F32"),
-        ({f"{STEM}.codes": data(96, 13, 243)}, "a byte 243 of codes"),
-        (
-            {f"{STEM}.coding": coding(1, 5, 64), f"{STEM}.codes": data(96, 22, 125)},
-            "a byte 125 of codes of 5 levels: 124 is the greatest",
-        ),
-        ({f"{STEM}.steps": float16(np.ones(95))}, r"steps must be F16 \(96,\), .* not F16 \(95,\)"),
-        ({f"{STEM}.steps": float32(np.ones(96))}, "steps must be F16 .* not F32"),
-        ({f"{STEM}.steps": data(96, 1)}, rf"tensor {STEM}\.steps: type I8 is of codes"),
+        ({f"{STEM}.coding": coding(1, 3, 64)}, rf"{STEM}: coding must be 2 F32, not F32 \(3,\)"),
+        ({f"{STEM}.coding": coding(1, 63.5)}, "63.5 columns must be a whole number"),
+        ({f"{STEM}.coding": coding(1, 0)}, f"{STEM}: codes must be I8 .* of 0 columns"),
+        ({f"{STEM}.coding": coding(1, -4)}, "codes must be I8"),
+        ({f"{STEM}.coding": coding(0, 64)}, f"{STEM}: a scale must be finite and above 0, not 0.0"),
+        ({f"{STEM}.coding": coding(-1, 64)}, "a scale must be finite and above 0, not -1.0"),
+        ({f"{STEM}.coding": coding(np.nan, 64)}, rf"tensor {STEM}\.coding: NaN"),
+        ({f"{STEM}.codes": data([1, 2])}, "codes must be I8"),
+        ({f"{STEM}.codes": float32(np.ones(13))}, "codes must be I8 .* not F32"),
+        ({f"{STEM}.steps": float32(np.ones(96))}, "steps must be F16, one for each row, not F32"),
+        ({f"{STEM}.steps": float16(np.ones((96, 1)))}, "steps must be F16, one for each row, not F16"),
+        ({f"{STEM}.steps": data(*range(96))}, rf"tensor {STEM}\.steps: type I8 is of codes"),
         ({f"{STEM}.steps": float16(np.full(96, np.inf))}, rf"tensor {STEM}\.steps: NaN or infinite"),
         ({f"{STEM}.steps": float16(np.full(96, -1.0))}, "a step is NaN, infinite or below 0"),
+        ({f"{STEM}.column_steps": float16(np.ones(63))}, "one for each column, not F16 .* for 64 columns"),
+        ({f"{STEM}.column_steps": float16(np.full(64, np.nan))}, r"column_steps: NaN or infinite"),
         ({"extra.codes": data(3, 3)}, "tensor extra.codes .* is no part of an adapter"),
+        ({"extra.column_steps": float16([1])}, "tensor extra.column_steps .* is no part of an adapter"),
         ({"model.norm.weight": data(3, 3)}, r"model\.norm\.weight: type I8 is of codes"),
         (
             {f"{STEM}.{part}": float32(np.ones(shape)) for part, shape in {"scales": 2, "A": (4, 64)}.items()}
@@ -227,11 +223,20 @@ def test_bad_files(path, tensors, message):
     assert str(error.value).startswith(str(bad))
 
 
-def test_another_number_of_columns(base, path):
-    # as many bytes a row as 64 columns
-    made = files.read(rewritten(path, {}, {f"{STEM}.coding": coding(1, 3, 65)}))
-    with pytest.raises(ValueError, match=r"gate_proj.* \(96, 65\) there, \(96, 64\) here"):
+@pytest.mark.parametrize(
+    ("tensors", "there"),
+    [({f"{STEM}.coding": coding(1, 65)}, "96, 65"), ({f"{STEM}.steps": float16(np.ones(95))}, "95, 64")],
+)
+def test_another_shape(base, path, tensors, there):
+    made = files.read(rewritten(path, {}, tensors))
+    with pytest.raises(ValueError, match=rf"gate_proj.* \({there}\) there, \(96, 64\) here"):
         apply(base, made)
+
+
+def test_codes_of_another_shape(base, path):
+    made = files.read(rewritten(path, {}, {f"{STEM}.codes": encoded(np.ones((96, 63)))}))
+    with pytest.raises(ValueError, match=rf"tensor {GATE} of the adapter: the bytes are not those of codes"):
+        apply(base, made).tensors[GATE].dequantize()
 
 
 def test_damage_and_truncation(path):
@@ -289,11 +294,12 @@ def test_the_verb(folder, capsys):
 def test_levels_of_one_kind_and_ranks_of_the_other(folder):
     assert convert_to_adapter(folder, "--levels", "3:0", "--rank", "5", "--type", "f16") == 0
     made = files.read(folder / "a.gguf")
-    assert made.matrices[GATE].levels == 3
+    assert set(np.unique(made.matrices[GATE].codes())) == CODES[3]
     assert (made.matrices[KEYS].a.type, made.matrices[KEYS].a.shape) == ("F16", (5, 64))
     assert convert_to_adapter(folder, "--levels", "0:2") == 0
     made = files.read(folder / "a.gguf")
-    assert made.matrices[GATE].a.shape == (64, 64) and made.matrices[KEYS].levels == 2
+    assert made.matrices[GATE].a.shape == (64, 64)
+    assert set(np.unique(made.matrices[KEYS].codes())) == CODES[2]
 
 
 @pytest.mark.parametrize(
@@ -336,5 +342,4 @@ def test_merged_into_a_folder(folder, path):
 
 def test_the_adapter_that_is_shipped():
     made = files.read(builtin.ADAPTER)
-    levels = {kind_of(name): change.levels for name, change in made.matrices.items()}
-    assert levels == dict.fromkeys((*FFN, *ATTENTION), 3) | {"gate_proj": 2}
+    assert made.size_bytes < 20e6 and all(isinstance(change, Coded) for change in made.matrices.values())

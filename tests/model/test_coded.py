@@ -1,11 +1,13 @@
-"""Coded changes: packing and merging against naive twins, and what is found of a change."""
+"""Coded changes: the native coder and merging against naive twins, and what is found of a change."""
 
 from itertools import product
 
 import numpy as np
 import pytest
 
-from prosparse.model.coded import LEVELS, Coded, coded, packed, unpacked
+import naive_codes
+from prosparse import _core
+from prosparse.model.coded import LEVELS, Coded, coded, encoded, float16
 from prosparse.model.model import Tensor, float32
 
 SHAPES = [(1, 1), (1, 7), (3, 5), (2, 8), (5, 33), (64, 96)]
@@ -32,42 +34,86 @@ def some_steps(rng, rows, size=0.02):
     return (size * np.exp(0.5 * rng.standard_normal(rows))).astype(np.float16).astype(np.float32)
 
 
-def float16(values):
-    values = np.array(values, np.float16)
-    return Tensor("F16", values.shape, values.view(np.uint8))
+def sizes_of_all_kinds(shape, spread, rng):
+    return np.rint(spread * rng.standard_normal(shape) ** 3).clip(-32767, 32767).astype(np.int16)
 
 
-def packed_naively(row, levels):
-    """Bytes of a row of codes, digit by digit."""
-    count = LEVELS[levels]
-    digits = [(code + 1) // 2 if levels == 2 else code + levels // 2 for code in map(int, row)]
-    groups = [digits[i : i + count] for i in range(0, len(digits), count)]
-    return [sum(digit * levels**i for i, digit in enumerate(group)) for group in groups]
-
-
+@pytest.mark.parametrize("spread", [0, 0.1, 0.7, 5, 3000])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("levels", LEVELS)
-def test_packing_against_the_naive_twin(shape, levels):
-    codes = random_codes(shape, levels, np.random.default_rng(0))
-    data = packed(codes, levels)
-    assert data.dtype == np.uint8 and data.tolist() == [packed_naively(row, levels) for row in codes]
-    assert np.array_equal(unpacked(data, levels, shape[1]), codes)
+def test_coding_against_the_naive_twin(shape, spread):
+    codes = sizes_of_all_kinds(shape, spread, np.random.default_rng(0))
+    data = encoded(codes).data
+    assert bytes(data) == naive_codes.encoded(codes)
+    found = _core.decode_codes(data, *shape)
+    assert found.dtype == np.int16 and np.array_equal(found, codes)
+    assert naive_codes.decoded(data, *shape) == codes.tolist()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("levels", LEVELS)
-def test_merging_against_the_naive_twin(shape, levels):
+def test_the_greatest_codes():
+    codes = np.array([[32767, -32767, 15, 16, -17, 0, 1]], np.int16)
+    assert np.array_equal(_core.decode_codes(encoded(codes).data, 1, 7), codes)
+    with pytest.raises(ValueError, match="codes must be above -32768"):
+        encoded(np.full((2, 2), -32768))
+
+
+def entropy(codes):
+    share = np.unique(codes, return_counts=True)[1] / codes.size
+    return -np.sum(share * np.log2(share)) * codes.size / 8
+
+
+@pytest.mark.parametrize("zeros", [0.1, 0.5, 0.9])
+def test_codes_take_little_more_than_their_entropy(zeros):
     rng = np.random.default_rng(1)
-    base, steps, codes = normal(rng, shape), some_steps(rng, shape[0]), random_codes(shape, levels, rng)
-    data = packed(codes, levels)
-    change = Coded(0.7, levels, shape[1], float16(steps), Tensor("I8", data.shape, data))
-    assert change.shape == shape and change.nbytes == 2 * shape[0] + data.size
+    codes = random_codes((400, 500), 5, rng, zeros)
+    assert 0.999 * entropy(codes) < encoded(codes).nbytes < 1.02 * entropy(codes) + 64
+
+
+def test_rows_and_columns_that_move_more_are_made_use_of():
+    rng = np.random.default_rng(2)
+    sizes = np.exp(rng.standard_normal((300, 1)) + rng.standard_normal(500))
+    codes = np.rint(0.3 * sizes * rng.standard_normal((300, 500)))
+    assert encoded(codes).nbytes < 0.85 * entropy(codes)
+    assert encoded(np.zeros((1000, 1000))).nbytes < 400
+
+
+def test_other_bytes_are_refused():
+    rng = np.random.default_rng(3)
+    data = encoded(sizes_of_all_kinds((30, 40), 20, rng)).data
+    for wrong in (data[:0], data[:3], data[:-1], np.append(data, data[:1])):
+        with pytest.raises(ValueError, match="not those of codes of this shape"):
+            _core.decode_codes(np.ascontiguousarray(wrong), 30, 40)
+    for shape in ((30, 41), (31, 40), (20, 40)):
+        with pytest.raises(ValueError, match="not those of codes of this shape"):
+            _core.decode_codes(data, *shape)
+    for shape in ((1 << 20, 1 << 20), (1 << 40, 1 << 40), (1 << 63, 2)):
+        with pytest.raises(ValueError, match="too few bytes for so many codes"):
+            _core.decode_codes(data, *shape)
+    for _ in range(300):  # whatever is found, nothing outside is read or written
+        noise = rng.integers(0, 256, rng.integers(0, 200), np.uint8)
+        try:
+            _core.decode_codes(noise, 30, 40)
+        except ValueError:
+            continue
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_merging_against_the_naive_twin(shape, with_columns):
+    rng = np.random.default_rng(1)
+    base, steps, codes = normal(rng, shape), some_steps(rng, shape[0]), random_codes(shape, 5, rng)
+    column_steps = some_steps(rng, shape[1], 1)
+    stream = encoded(codes)
+    columns = float16(column_steps) if with_columns else None
+    change = Coded(0.7, shape[1], float16(steps), columns, stream)
+    assert change.shape == shape
+    assert change.nbytes == 2 * shape[0] + stream.nbytes + 2 * shape[1] * with_columns
     merged, scale = change.merged(base), np.float32(0.7)
     assert merged.dtype == np.float32
     for row in range(shape[0]):
         for column in range(shape[1]):
-            code = np.float32(codes[row, column])
-            assert merged[row, column] == scale * (base[row, column] + steps[row] * code)
+            step = np.float32(codes[row, column]) * steps[row]
+            step *= column_steps[column] if with_columns else 1
+            assert merged[row, column] == scale * (base[row, column] + step)
 
 
 @pytest.mark.parametrize("scale", [1, 0.7, 1.9])
@@ -84,7 +130,7 @@ def test_a_change_of_this_form_is_found_exactly(levels, scale, size):
         tuned = made(base, levels, scale, steps, codes)
         found = coded(base, tuned, levels)
         assert found.scale == pytest.approx(scale, rel=2e-7)
-        assert np.array_equal(unpacked(found.codes.data, levels, shape[1]), codes)
+        assert np.array_equal(found.codes(), codes)
         assert np.array_equal(found.steps.data, float16(steps).data)
         assert np.abs(found.merged(base) - tuned).max() < 1e-6 * np.abs(tuned).max()
 
@@ -102,7 +148,7 @@ def test_codes_that_go_with_the_weights(levels):
     codes = np.where(latent < 0, -1, 1) * sizes
     found = coded(base, made(base, levels, 1.3, steps, codes), levels)
     assert found.scale == pytest.approx(1.3, rel=2e-7)
-    assert np.array_equal(unpacked(found.codes.data, levels, 96), codes)
+    assert np.array_equal(found.codes(), codes)
     assert np.array_equal(found.steps.data, float16(steps).data)
 
 
@@ -149,26 +195,25 @@ def test_nothing_left_of_the_base(levels):
             coded(base, tuned, levels)
 
 
-def bytes_of(rows):
-    return Tensor("I8", np.shape(rows), np.array(rows, np.uint8))
+def bytes_of(*values):
+    return Tensor("I8", np.shape(values), np.array(values, np.uint8))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"levels": 4}, "4 levels are not known"),
-        ({"columns": 11}, r"codes must be I8 \[rows, 3\] for 11 columns of 3 levels, not I8 \(2, 2\)"),
-        ({"columns": 0}, r"codes must be I8 \[rows, 0\]"),
-        ({"codes": bytes_of([1, 2])}, "codes must be I8"),
-        ({"codes": float32(np.ones((2, 2)))}, "codes must be I8 .* not F32"),
-        ({"codes": bytes_of([[0, 242], [243, 0]])}, "a byte 243 of codes of 3 levels: 242 is the greatest"),
-        ({"steps": float16([1, 1, 1])}, r"steps must be F16 \(2,\), one for each row, not F16 \(3,\)"),
-        ({"steps": float16([[1], [1]])}, "steps must be F16"),
-        ({"steps": float32(np.ones(2))}, "steps must be F16 .* not F32"),
-        ({"steps": bytes_of([1, 1])}, "steps must be F16 .* not I8"),
+        ({"columns": 0}, "codes must be I8 .* of 0 columns"),
+        ({"stream": bytes_of([1, 2])}, r"codes must be I8 \[bytes\], of columns, not I8 \(1, 2\)"),
+        ({"stream": float32(np.ones(2))}, "codes must be I8 .* not F32"),
+        ({"steps": float16([[1], [1]])}, "steps must be F16, one for each row"),
+        ({"steps": float32(np.ones(2))}, "steps must be F16, one for each row, not F32"),
+        ({"steps": bytes_of(1, 1)}, "steps must be F16, one for each row, not I8"),
+        ({"column_steps": float16([1, 1])}, r"one for each column, not F16 \(2,\) for 3 columns"),
+        ({"column_steps": float32(np.ones(3))}, "one for each column, not F32"),
         ({"steps": float16([1, np.nan])}, "a step is NaN, infinite or below 0"),
         ({"steps": float16([1, np.inf])}, "a step is NaN, infinite or below 0"),
         ({"steps": float16([1, -1])}, "a step is NaN, infinite or below 0"),
+        ({"column_steps": float16([1, 0, -1])}, "a step is NaN, infinite or below 0"),
         ({"scale": float("nan")}, "a scale must be finite and above 0, not nan"),
         ({"scale": float("inf")}, "a scale must be finite"),
         ({"scale": 0.0}, "a scale must be finite and above 0, not 0.0"),
@@ -176,22 +221,13 @@ def bytes_of(rows):
     ],
 )
 def test_what_is_no_coded_change(changed, message):
-    sound = {"scale": 1.0, "levels": 3, "columns": 7}
-    sound |= {"steps": float16([1, 1]), "codes": bytes_of([[0, 242], [1, 8]])}
-    assert Coded(**sound).shape == (2, 7)
+    sound = {"scale": 1.0, "columns": 3, "steps": float16([1, 1]), "column_steps": float16([1, 0, 1])}
+    sound |= {"stream": encoded(np.ones((2, 3)))}
+    assert Coded(**sound).shape == (2, 3)
     with pytest.raises(ValueError, match=message):
         Coded(**(sound | changed))
 
 
-def test_a_byte_too_great_for_five_levels():
-    sound = {"scale": 1.0, "levels": 5, "columns": 7, "steps": float16([1, 1])}
-    assert Coded(**sound, codes=bytes_of([[0, 124, 1], [1, 2, 3]])).shape == (2, 7)
-    with pytest.raises(ValueError, match="a byte 125 of codes of 5 levels: 124 is the greatest"):
-        Coded(**sound, codes=bytes_of([[0, 124, 1], [1, 125, 3]]))
-    with pytest.raises(ValueError, match=r"codes must be I8 \[rows, 4\] for 10 columns of 5 levels"):
-        Coded(**(sound | {"columns": 10}), codes=bytes_of([[0, 124, 1], [1, 2, 3]]))
-
-
 def test_bytes_are_no_weights():
     with pytest.raises(ValueError, match="type I8 holds codes, not weights"):
-        bytes_of([[1, 2]]).dequantize()
+        bytes_of([1, 2]).dequantize()

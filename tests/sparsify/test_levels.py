@@ -8,7 +8,7 @@ import pytest
 from prosparse.cli import main
 from prosparse.formats import open_model
 from prosparse.formats.hf import write_folder
-from prosparse.model.coded import LEVELS, unpacked
+from prosparse.model.coded import LEVELS
 from prosparse.model.coded import coded as nearest
 
 torch = pytest.importorskip("torch")
@@ -63,7 +63,7 @@ def test_what_was_trained_is_found_exactly(levels, scale):
     change = coded(torch.from_numpy(latent), levels).numpy()
     found = nearest(base, np.float32(scale) * (base + change), levels)
     assert found.scale == pytest.approx(scale, rel=2e-7)
-    codes = unpacked(found.codes.data, levels, 67)
+    codes = found.codes()
     assert np.array_equal(found.steps.dequantize()[:, None] * codes, change)
 
 

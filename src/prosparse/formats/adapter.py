@@ -18,10 +18,10 @@ from prosparse.model.coded import Coded
 from prosparse.model.factors import Factors
 from prosparse.model.model import BLOCKS, Tensor, float32
 
-VERSION = 1
+VERSION = 2
 ARCHITECTURE = "prosparse-adapter"
 # what holds a matrix's change: its numbers first, then tensors
-_FACTORS, _CODED = ("scales", "A", "B"), ("coding", "steps", "codes")
+_FACTORS, _CODED, _COLUMNS = ("scales", "A", "B"), ("coding", "steps", "codes"), "column_steps"
 # key -> type of its value
 _KEYS = {
     "general.architecture": str,
@@ -59,11 +59,12 @@ def write(path: Path, adapter: Adapter) -> None:
         if isinstance(found, Factors):
             parts = (float32(np.array([found.scale, found.gain])), found.a, found.b)
         else:
-            coding = np.array([found.scale, found.levels, found.columns])
-            parts = (float32(coding), found.steps, found.codes)
+            parts = (float32(np.array([found.scale, found.columns])), found.steps, found.stream)
         names = _FACTORS if isinstance(found, Factors) else _CODED
         stem = name.removesuffix(".weight")
         tensors |= {f"{stem}.{part}": tensor for part, tensor in zip(names, parts, strict=True)}
+        if isinstance(found, Coded) and found.column_steps:
+            tensors[f"{stem}.{_COLUMNS}"] = found.column_steps
     metadata = {
         "general.architecture": ARCHITECTURE,
         "general.type": "adapter",
@@ -118,9 +119,7 @@ def _checked(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     if metadata.get("general.architecture") != ARCHITECTURE:
         raise ValueError("this is no adapter: prosparse convert TUNED FILE.gguf --base BASE makes one")
     if (version := metadata.get("prosparse.adapter.version")) != VERSION:
-        raise ValueError(
-            f"adapter format {version!r:.20}, and this prosparse knows {VERSION}: take a newer one"
-        )
+        raise ValueError(f"adapter format {version!r:.20}, and this prosparse knows {VERSION}: make it anew")
     for name in metadata.keys() ^ _KEYS.keys():
         raise ValueError(f"metadata key {name} is {'unknown' if name in metadata else 'missing'}")
     for name, kind in _KEYS.items():
@@ -131,7 +130,7 @@ def _checked(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check_finite(name: str, tensor: Tensor) -> None:
     if name.endswith(".codes"):
-        return  # any byte; which of them may be there, `Coded` knows
+        return  # any byte
     check_scales(name, tensor)
     if tensor.type in ("F32", "F16", "BF16") and not np.isfinite(tensor.dequantize()).all():
         raise ValueError(f"tensor {name}: NaN or infinite values")
@@ -157,8 +156,9 @@ def _parts(tensors: dict[str, Tensor]) -> tuple[dict[str, Change], dict[str, Ten
                 if f"{stem}.{part}" not in tensors:
                     raise ValueError(f"tensor {stem}.{part} is missing")
             parts = [tensors.pop(f"{stem}.{part}") for part in names]
+            columns = tensors.pop(f"{stem}.{_COLUMNS}", None) if names == _CODED else None
             try:
-                change = _factors(*parts) if names == _FACTORS else _coded(*parts)
+                change = _factors(*parts) if names == _FACTORS else _coded(*parts, columns)
             except ValueError as error:
                 raise ValueError(f"{stem}: {error}") from None
             if f"{stem}.weight" in matrices:
@@ -175,11 +175,11 @@ def _factors(scales: Tensor, a: Tensor, b: Tensor) -> Factors:
     return Factors(scale, gain, a, b)
 
 
-def _coded(coding: Tensor, steps: Tensor, codes: Tensor) -> Coded:
-    scale, levels, columns = _numbers(coding, "coding", 3)
-    if levels != int(levels) or columns != int(columns):
-        raise ValueError(f"{levels:g} levels and {columns:g} columns must be whole numbers")
-    return Coded(scale, int(levels), int(columns), steps, codes)
+def _coded(coding: Tensor, steps: Tensor, codes: Tensor, column_steps: Tensor | None) -> Coded:
+    scale, columns = _numbers(coding, "coding", 2)
+    if columns != int(columns):
+        raise ValueError(f"{columns:g} columns must be a whole number")
+    return Coded(scale, int(columns), steps, column_steps, codes)
 
 
 def _numbers(tensor: Tensor, name: str, count: int) -> list[float]:

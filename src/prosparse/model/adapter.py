@@ -1,6 +1,6 @@
-"""Adapters: what training has added to a model, as low-rank factors or codes of one to three bits.
+"""Adapters: what training has added to a model, as low-rank factors or codes of a bit or two.
 
-Each matrix W of a layer becomes `scale W + gain B^T A` (`Factors`) or `scale (W + step code)` (`Coded`).
+Each matrix W of a layer becomes `scale W + gain B^T A` (`Factors`) or `scale (W + steps code)` (`Coded`).
 Folded thresholds and weight decay multiply whole matrices, which neither can hold: hence the scale. Vectors
 are kept whole; embedding and head stay as they are.
 """
@@ -79,12 +79,15 @@ def apply(base: Model, adapter: Adapter) -> Model:
         )
     tensors = dict(base.tensors) | dict(adapter.vectors)
     for name, part in adapter.matrices.items():
-        tensors[name] = Tensor("F32", part.shape, partial(_merged, tensors[name], part))
+        tensors[name] = Tensor("F32", part.shape, partial(_merged, name, tensors[name], part))
     return Model(replace(base.config, activation=adapter.activation), tensors, base.tokenizer, adapter.name)
 
 
-def _merged(base: Tensor, part: Change) -> np.ndarray:
-    return part.merged(base.dequantize()).view(np.uint8)
+def _merged(name: str, base: Tensor, part: Change) -> np.ndarray:
+    try:
+        return part.merged(base.dequantize()).view(np.uint8)
+    except ValueError as error:
+        raise ValueError(f"tensor {name} of the adapter: {error}") from None
 
 
 def extract(
@@ -112,7 +115,7 @@ def extract(
         raise ValueError(
             f"ranks of at least 1 are needed for {', '.join(_KINDS)}, or levels, not {ranks} and {levels}"
         )
-    if unknown := set(levels.values()) - LEVELS.keys():
+    if unknown := set(levels.values()) - set(LEVELS):
         raise ValueError(f"{unknown.pop()} levels are not known: 2, 3 and 5 are")
     matrices: dict[str, Change] = {}
     vectors: dict[str, Tensor] = {}

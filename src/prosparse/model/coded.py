@@ -1,7 +1,8 @@
-"""Changes of a matrix as codes: each weight moves by up to 2 steps of its row, in 1, 1.6 or 2.7 bits.
+"""Changes of a matrix as codes: each weight moves by a few steps of its row and column.
 
-Two levels are those of BitDelta (Liu et al. 2024, arXiv 2402.10193), three those of Ternary Weight Networks
-(Li et al. 2016, arXiv 1605.04711), and five go on as these do.
+Codes are entropy-coded: where most are 0 they take little. Those of two levels are those of BitDelta (Liu et
+al. 2024, arXiv 2402.10193), of three those of Ternary Weight Networks (Li et al. 2016, arXiv 1605.04711), and
+five go on as these do.
 """
 
 import math
@@ -12,7 +13,7 @@ import numpy as np
 
 from prosparse.model.model import Tensor
 
-LEVELS = {2: 8, 3: 5, 5: 3}  # levels -> codes in a byte: 2^8 = 256, 3^5 = 243, 5^3 = 125
+LEVELS = (2, 3, 5)  # codes are -1 and 1; also 0; also -2 and 2
 _ROUNDS, _TOLERANCE = 20, 1e-6  # of the search for a scale; the share of the error worth another round
 _LARGEST = 65504.0  # of float16
 _SAMPLE = 128  # rows in which it begins
@@ -21,77 +22,73 @@ _ROUNDING = 2.0**-21  # of a row's greatest weight: smaller steps are what float
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """The change of one matrix [rows, columns]: scale (W + step code), with one step for each row."""
+    """The change of one matrix [rows, columns]: scale (W + step column_step code), where steps are of rows,
+    and columns have none of their own if `column_steps` is None."""
 
     scale: float  # of the matrix itself
-    levels: int  # 2: codes are -1 and 1; 3: also 0; 5: also -2 and 2
     columns: int
     steps: Tensor  # F16 [rows]
-    codes: Tensor  # I8 [rows, bytes of a row], as of `packed`
+    column_steps: Tensor | None  # F16 [columns]
+    stream: Tensor  # I8 [bytes], as of `encoded`
 
     def __post_init__(self) -> None:
-        if self.levels not in LEVELS:
-            raise ValueError(f"{self.levels} levels are not known: 2, 3 and 5 are")
-        width = -(-self.columns // LEVELS[self.levels])
-        if self.codes.type != "I8" or self.columns < 1 or self.codes.shape[1:] != (width,):
+        if self.stream.type != "I8" or len(self.stream.shape) != 1 or self.columns < 1:
             raise ValueError(
-                f"codes must be I8 [rows, {width}] for {self.columns} columns of {self.levels} levels, not "
-                f"{self.codes.type} {self.codes.shape}"
-            )
-        if (self.steps.type, self.steps.shape) != ("F16", self.codes.shape[:1]):
-            raise ValueError(
-                f"steps must be F16 {self.codes.shape[:1]}, one for each row, not "
-                f"{self.steps.type} {self.steps.shape}"
+                f"codes must be I8 [bytes], of columns, not {self.stream.type} {self.stream.shape} of "
+                f"{self.columns} columns"
             )
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"a scale must be finite and above 0, not {self.scale}")
-        steps = self.steps.dequantize()
-        if not (np.isfinite(steps).all() and (steps >= 0).all()):
-            raise ValueError("a step is NaN, infinite or below 0")
-        greatest = self.levels ** LEVELS[self.levels] - 1
-        if (largest := self.codes.data.max()) > greatest:
-            raise ValueError(f"a byte {largest} of codes of {self.levels} levels: {greatest} is the greatest")
+        for of, steps in (("row", self.steps), ("column", self.column_steps)):
+            if steps is None:
+                continue
+            shape = steps.shape if of == "row" else (self.columns,)
+            if steps.type != "F16" or len(steps.shape) != 1 or steps.shape != shape:
+                raise ValueError(
+                    f"steps must be F16, one for each {of}, not {steps.type} {steps.shape} for "
+                    f"{self.columns} columns"
+                )
+            values = steps.dequantize()
+            if not (np.isfinite(values).all() and (values >= 0).all()):
+                raise ValueError("a step is NaN, infinite or below 0")
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns)"""
-        return self.codes.shape[0], self.columns
+        return self.steps.shape[0], self.columns
 
     @property
     def nbytes(self) -> int:
-        return self.steps.nbytes + self.codes.nbytes
+        return self.steps.nbytes + self.stream.nbytes + (self.column_steps.nbytes if self.column_steps else 0)
+
+    def codes(self) -> np.ndarray:
+        """int16 of `shape`. ValueError if the bytes are not those of codes of this shape."""
+        from prosparse import _core  # at use: what only looks at a file needs no native module
+
+        return _core.decode_codes(self.stream.data, *self.shape)
 
     def merged(self, base: np.ndarray) -> np.ndarray:
         """float32 of `shape`: the changed matrix."""
-        result = unpacked(self.codes.data, self.levels, self.columns).astype(np.float32)
+        result = self.codes().astype(np.float32)
         result *= self.steps.dequantize()[:, None]
+        if self.column_steps:
+            result *= self.column_steps.dequantize()
         result += base
         result *= np.float32(self.scale)
         return result
 
 
-def packed(codes: np.ndarray, levels: int) -> np.ndarray:
-    """uint8 [rows, bytes]: codes [rows, columns] as digits, from 0 for the least, the first the lowest; a
-    row's last byte ends with zeros."""
-    if levels == 2:
-        return np.packbits(codes > 0, axis=1, bitorder="little")
-    count = LEVELS[levels]
-    digits = np.pad((codes + levels // 2).astype(np.uint8), ((0, 0), (0, -codes.shape[1] % count)))
-    # Horner, the last digit first: without a product of integer matrices, which numpy is slow at
-    result = digits[:, count - 1 :: count].copy()
-    for i in reversed(range(count - 1)):
-        result *= levels
-        result += digits[:, i::count]
-    return result
+def encoded(codes: np.ndarray) -> Tensor:
+    """I8 [bytes] of codes [rows, columns], whole numbers of up to 32767 in size."""
+    from prosparse import _core
+
+    data = _core.encode_codes(np.ascontiguousarray(codes, np.int16))
+    return Tensor("I8", data.shape, data)
 
 
-def unpacked(data: np.ndarray, levels: int, columns: int) -> np.ndarray:
-    """The int8 codes [rows, columns] of what `packed` returns."""
-    if levels == 2:
-        return np.unpackbits(data, axis=1, count=columns, bitorder="little").view(np.int8) * 2 - 1
-    count = LEVELS[levels]
-    codes = np.arange(levels**count)[:, None] // levels ** np.arange(count) % levels - levels // 2
-    return codes.astype(np.int8)[data].reshape(len(data), -1)[:, :columns]
+def float16(values: np.ndarray) -> Tensor:
+    halves = np.asarray(values).astype(np.float16)
+    return Tensor("F16", halves.shape, halves.view(np.uint8))
 
 
 def coded(base: np.ndarray, tuned: np.ndarray, levels: int) -> Coded:
@@ -105,14 +102,11 @@ def coded(base: np.ndarray, tuned: np.ndarray, levels: int) -> Coded:
     few = base[sample], tuned[sample]
     start = min((_nearest(*few, levels, scale) for scale in _candidates(*few)), key=lambda found: found.error)
     found = _nearest(base, tuned, levels, start.scale)
-    codes = packed(found.codes, levels)
-    tensor = Tensor("I8", codes.shape, codes)
     # without a quotient yet, which may overflow
     if not (found.scale > 0 and (found.steps <= _LARGEST * found.scale).all()):
         raise ValueError("nothing of the base is left in it, and codes only add to one: is this its base?")
-    halves = (found.steps / found.scale).astype(np.float16)
-    steps = Tensor("F16", halves.shape, halves.view(np.uint8))
-    return Coded(float(found.scale), levels, base.shape[1], steps, tensor)
+    steps = float16(found.steps / found.scale)
+    return Coded(float(found.scale), base.shape[1], steps, None, encoded(found.codes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Training changes that fit into one to three bits a weight: codes times a step for each row.
+"""Training changes that fit into a bit or two a weight: codes times a step for each row.
 
 The latent change is what the optimizer moves; the forward pass sees its codes, and gradients pass through the
 rounding as if it were not there (straight-through, Bengio et al. 2013). Two levels are those of BitDelta (Liu
