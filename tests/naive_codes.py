@@ -1,4 +1,4 @@
-"""Codes of adapters, read and written as docs/formats.md says, a decision at a time, without care for speed."""
+"""Codes of adapters, read and written as docs/formats.md says, decision by decision, slowly."""
 
 
 def class_of(average):

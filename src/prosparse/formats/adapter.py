@@ -155,10 +155,11 @@ def _parts(tensors: dict[str, Tensor]) -> tuple[dict[str, Change], dict[str, Ten
             for part in names:
                 if f"{stem}.{part}" not in tensors:
                     raise ValueError(f"tensor {stem}.{part} is missing")
-            parts = [tensors.pop(f"{stem}.{part}") for part in names]
-            columns = tensors.pop(f"{stem}.{_COLUMNS}", None) if names == _CODED else None
+            parts: list[Any] = [tensors.pop(f"{stem}.{part}") for part in names]
+            if names == _CODED:
+                parts.append(tensors.pop(f"{stem}.{_COLUMNS}", None))
             try:
-                change = _factors(*parts) if names == _FACTORS else _coded(*parts, columns)
+                change = _factors(*parts) if names == _FACTORS else _coded(*parts)
             except ValueError as error:
                 raise ValueError(f"{stem}: {error}") from None
             if f"{stem}.weight" in matrices:

@@ -190,6 +190,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the adapter: codes of 2, 3 or 5 levels, or those of FFNs and attention as 3:2; 0: factors "
         "[0]; exceptions follow, as 3,gate_proj=2",
     )
+    group.add_argument(
+        "--size",
+        type=float,
+        metavar="MB",
+        help="of the adapter: codes as fine as what they are worth on --data, which fit into this size",
+    )
+    group.add_argument("--data", action="append", metavar="D", help="of --size: text; may be repeated")
+    group.add_argument("--tokens", type=int, metavar="N", help="of each --data [4096]")
+    group.add_argument("--device", help="of --size: a torch device [cuda if there is one]")
     group.add_argument("--name", metavar="TEXT", help="of the model that the adapter makes [SRC's]")
     group.add_argument("--measured", type=Path, metavar="FILE", help="a JSON object to keep in the adapter")
     group = parser.add_argument_group("PowerInfer")
@@ -221,8 +230,8 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is for PowerInfer files: add --powerinfer")
     if args.base:
         return _main_for_adapter(args, kind)
-    for name in ("rank", "levels", "name", "measured"):
-        if getattr(args, name):
+    for name in ("rank", "levels", "size", "data", "tokens", "device", "name", "measured"):
+        if getattr(args, name) is not None:
             raise ValueError(f"--{name} is of an adapter to be written: add --base")
     model = convert(
         args.source,
@@ -270,26 +279,48 @@ def _main_for_powerinfer(args: argparse.Namespace, kind: str | None) -> int:
 def _main_for_adapter(args: argparse.Namespace, kind: str | None) -> int:
     if args.adapter or args.fold or args.pure:
         raise ValueError("an adapter is written of a model as it is: leave --adapter, --fold and --pure out")
-    from prosparse.formats.convert_adapter import parse_forms, read_measured, write_adapter
+    from prosparse.formats.convert_adapter import (
+        parse_forms,
+        parse_text,
+        read_measured,
+        write_adapter,
+        write_rounded_adapter,
+    )
 
     start = time.monotonic()
     measured = read_measured(args.measured) if args.measured else None
-    ranks, levels, kind_of_factors = parse_forms(args.rank, args.levels, kind)
-    made, kept, notes = write_adapter(
-        args.source,
-        args.target,
-        args.base,
-        ranks,
-        kind_of_factors,
-        levels=levels,
-        name=args.name,
-        measured=measured,
-    )
+    if text := parse_text(args.size, args.data, args.tokens, args.device):
+        if args.rank or args.levels or kind:
+            raise ValueError("--size chooses codes itself: leave --rank, --levels and --type out")
+        shares: dict[str, float] = {}
+        made, notes = write_rounded_adapter(
+            args.source,
+            args.target,
+            args.base,
+            int(args.size * 1e6),
+            text,
+            name=args.name,
+            measured=measured,
+            progress=lambda line: print(line, file=sys.stderr),
+        )
+    else:
+        ranks, levels, kind_of_factors = parse_forms(args.rank, args.levels, kind)
+        made, shares, notes = write_adapter(
+            args.source,
+            args.target,
+            args.base,
+            ranks,
+            kind_of_factors,
+            levels=levels,
+            name=args.name,
+            measured=measured,
+        )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in kept.items())
-    print(f"kept of the squared difference: {shares}")
-    return _report(args, made.size_bytes, time.monotonic() - start, kept=kept)
+    if shares:
+        told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        print(f"kept of the squared difference: {told}")
+    return _report(args, made.size_bytes, time.monotonic() - start, **({"kept": shares} if shares else {}))
 
 
 def _report(args: argparse.Namespace, size_bytes: int, seconds: float, **more: Any) -> int:

@@ -1,18 +1,41 @@
 """`prosparse convert --base`: what a tuned model adds to the one it was made from, as an adapter."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prosparse.formats import adapter as files
 from prosparse.formats.convert import provenance
 from prosparse.formats.open import open_model
-from prosparse.model.adapter import ROUNDING, Adapter, change, extract, kept, parse_levels, parse_ranks
+from prosparse.model.adapter import (
+    ROUNDING,
+    Adapter,
+    change,
+    check_related,
+    extract,
+    kept,
+    parse_levels,
+    parse_ranks,
+)
+from prosparse.model.model import Model
 
 RANK = "64"
 TYPE = "Q8_0"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What shows how much weights are worth: the first `tokens` of each source, in sequences of `context`,
+    `micro` of them at a time, on this torch device (None: a GPU if there is one)."""
+
+    sources: Sequence[str]
+    tokens: int = 4096
+    context: int = 512
+    micro: int = 2
+    device: str | None = None
 
 
 def write_adapter(
@@ -32,22 +55,68 @@ def write_adapter(
     Returns it, the share of the difference that it keeps by kind of matrix, and notes for users. `name` is
     that of the model it makes (default: the source's); the licence is the base's.
     """
-    target = Path(target)
-    if target.suffix != ".gguf":
+    tuned, original = _opened(source, target, base)
+    made = files.with_types(extract(original, tuned, ranks, levels), kind)
+    made, notes = _written(made, original, tuned, Path(target), base, name, measured)
+    return made, kept(original, tuned, made), notes
+
+
+def write_rounded_adapter(
+    source: str | Path,
+    target: str | Path,
+    base: str | Path,
+    size: int,
+    text: Text,
+    *,
+    name: str | None = None,
+    measured: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[Adapter, tuple[str, ...]]:
+    """As `write_adapter`, but of codes that are as fine as what they are worth on `text`, in at most `size`
+    bytes; needs torch, and some minutes for 100 M weights on a CPU. `progress` is given lines for users, what
+    the errors cost among them."""
+    from prosparse.sparsify import measure
+
+    tuned, original = _opened(source, target, base)
+    check_related(original, tuned)
+    encoder = measure.Encoder(tuned.tokenizer, tuned.config.bos_token_id, tuned.config.eos_token_ids)
+    batches = [measure.sample(one, encoder, text.tokens, text.context) for one in text.sources]
+    trunk, bfloat16 = measure.load(tuned, text.device)
+    from prosparse.sparsify import rounding
+
+    progress(f"what weights are worth, on {sum(batch.loss.size for batch in batches)} tokens")
+    worth = rounding.worth(trunk, batches, micro=text.micro, bfloat16=bfloat16)
+    made = rounding.adapter(original, tuned, worth, size, progress)
+    return _written(made, original, tuned, Path(target), base, name, measured)
+
+
+def _opened(source: str | Path, target: str | Path, base: str | Path) -> tuple[Model, Model]:
+    """The tuned model, and the one it was made from."""
+    if Path(target).suffix != ".gguf":
         raise ValueError(f"an adapter is one file: let {target} end in .gguf")
-    tuned, original = open_model(source), open_model(base)
+    return open_model(source), open_model(base)
+
+
+def _written(
+    made: Adapter,
+    original: Model,
+    tuned: Model,
+    target: Path,
+    base: str | Path,
+    name: str | None,
+    measured: Mapping[str, Any] | None,
+) -> tuple[Adapter, tuple[str, ...]]:
     made = replace(
-        extract(original, tuned, ranks, levels),
+        made,
         name=name or tuned.name,
         license=str(provenance(base).get("general.license", "")),
         measured=dict(measured or {}),
     )
-    made = files.with_types(made, kind)
     files.write(target, made)
     notes = []
     if (left_out := change(original, tuned)) > ROUNDING:
         notes.append(f"embedding or head differ by {left_out:.1%} of their size: adapters leave them alone")
-    return made, kept(original, tuned, made), tuple(notes)
+    return made, tuple(notes)
 
 
 def parse_forms(
@@ -64,6 +133,24 @@ def parse_forms(
     if coded and ":" in (rank or ""):
         raise ValueError(f"--rank {rank} has a rank too many: with --levels {levels} there is one to give")
     return ranks, coded, kind or TYPE
+
+
+def parse_text(
+    size: float | None, data: Sequence[str] | None, tokens: int | None, device: str | None
+) -> Text | None:
+    """Of --size (MB), --data, --tokens and --device: None without a size. ValueError if they do not fit."""
+    if size is None:
+        if data or tokens is not None or device:
+            raise ValueError("--data, --tokens and --device are of --size: give one, or leave them out")
+        return None
+    if not 0 < size < math.inf:
+        raise ValueError(f"--size is in MB, and above 0, not {size:g}")
+    if not data:
+        raise ValueError("--size needs --data: text on which it shows what weights are worth")
+    if len(set(data)) != len(data):
+        raise ValueError("a source of --data is there twice: give each once")
+    text = Text(data, device=device)
+    return text if tokens is None else replace(text, tokens=tokens, context=max(1, min(tokens, text.context)))
 
 
 def read_measured(path: Path) -> dict[str, Any]:

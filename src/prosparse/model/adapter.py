@@ -104,12 +104,7 @@ def extract(
     `tuned` that was trained in this form, with no greater ranks. Embedding and head of `tuned` are left out:
     see `change`. ValueError if the two differ in more than weights.
     """
-    for item in fields(base.config):
-        ours, theirs = (getattr(model.config, item.name) for model in (base, tuned))
-        if ours != theirs and item.name not in _FREE:
-            raise ValueError(
-                f"{item.name} is {theirs} in {tuned.name} and {ours} in {base.name}: no adapter leads there"
-            )
+    check_related(base, tuned)
     ranks, levels = _by_kind(ranks), _by_kind(levels)
     if sorted([*ranks, *levels]) != sorted(_KINDS) or min(ranks.values(), default=1) < 1:
         raise ValueError(
@@ -137,6 +132,16 @@ def extract(
         else:
             matrices[name] = factored(original, values, ranks[kind])
     return Adapter(fingerprint(base.tensors), tuned.config.activation, matrices, vectors, tuned.name)
+
+
+def check_related(base: Model, tuned: Model) -> None:
+    """ValueError if the two differ in more than weights."""
+    for item in fields(base.config):
+        ours, theirs = (getattr(model.config, item.name) for model in (base, tuned))
+        if ours != theirs and item.name not in _FREE:
+            raise ValueError(
+                f"{item.name} is {theirs} in {tuned.name} and {ours} in {base.name}: no adapter leads there"
+            )
 
 
 def _by_kind(given: int | Mapping[str, int] | None) -> dict[str, int]:

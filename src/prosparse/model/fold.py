@@ -99,15 +99,25 @@ def unfold_thresholds(model: Model, original: Model) -> tuple[Model, list[float]
     """The inverse of `fold_thresholds` for a model that `original` became by training: the same model, with
     gates and ups scaled to be nearest to the original's gates, and the threshold of each layer."""
     tensors, thresholds = dict(model.tensors), []
-    for i in range(model.config.num_hidden_layers):
+    for i, factor in enumerate(folding(model, original)):
         gate, up = (f"model.layers.{i}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+        tensors[gate], tensors[up] = scaled(tensors[gate], 1 / factor), scaled(tensors[up], factor)
+        thresholds.append(model.config.activation.param / factor)
+    return replace(model, tensors=tensors), thresholds
+
+
+def folding(model: Model, original: Model) -> list[float]:
+    """By layer, what the gates of `original` are multiplied by to be nearest to those of `model`, which it
+    became by training. ValueError where nothing is left of them."""
+    factors = []
+    for i in range(model.config.num_hidden_layers):
+        gate = f"model.layers.{i}.mlp.gate_proj.weight"
         ours, theirs = (m.tensors[gate].dequantize().astype(np.float64).ravel() for m in (model, original))
         factor = float(ours @ theirs / (theirs @ theirs))
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"{gate} has nothing left of the original's: it was not made from that model")
-        tensors[gate], tensors[up] = scaled(tensors[gate], 1 / factor), scaled(tensors[up], factor)
-        thresholds.append(model.config.activation.param / factor)
-    return replace(model, tensors=tensors), thresholds
+        factors.append(factor)
+    return factors
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
