@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from prosparse.sparsify import hf_model  # noqa: E402
-from prosparse.sparsify.coded import CodedLinear, add, coded, parse_levels  # noqa: E402
+from prosparse.sparsify.coded import LevelLinear, add, coded, parse_levels  # noqa: E402
 
 
 def naive(change: np.ndarray, levels: int) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_what_was_trained_is_found_exactly(levels, scale):
 @pytest.mark.parametrize("levels", LEVELS)
 def test_gradients_pass_through_the_rounding(levels):
     plain = torch.nn.Linear(9, 5, bias=False)
-    layer = CodedLinear(plain, levels)
+    layer = LevelLinear(plain, levels)
     with torch.no_grad():
         layer.weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
     x = torch.randn(4, 9)

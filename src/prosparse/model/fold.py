@@ -82,10 +82,8 @@ def fold_thresholds(model: Model, thresholds: Sequence[float], threshold: float)
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"thresholds must be positive to be folded, not {value}")
     tensors = dict(model.tensors)
-    for i, own in enumerate(thresholds):
-        for part, factor in (("gate", threshold / own), ("up", own / threshold)):
-            name = f"model.layers.{i}.mlp.{part}_proj.weight"
-            tensors[name] = scaled(tensors[name], factor)
+    for name, factor in fold_factors(thresholds, threshold).items():
+        tensors[name] = scaled(tensors[name], factor)
     config = replace(config, activation=Activation("fatrelu", float(threshold)))
     predictors = model.predictors
     if predictors and predictors.kind == "sketch":
@@ -93,6 +91,15 @@ def fold_thresholds(model: Model, thresholds: Sequence[float], threshold: float)
         scaled_rows = tuple(tuple(value * threshold / own for value in row) for row, own in rows)
         predictors = replace(predictors, thresholds=scaled_rows)
     return Model(config, tensors, model.tokenizer, model.name, predictors)
+
+
+def fold_factors(thresholds: Sequence[float], threshold: float) -> dict[str, float]:
+    """By tensor name, what gates and ups are multiplied by to have `threshold` in place of their own."""
+    factors = {}
+    for i, own in enumerate(thresholds):
+        factors[f"model.layers.{i}.mlp.gate_proj.weight"] = threshold / own
+        factors[f"model.layers.{i}.mlp.up_proj.weight"] = own / threshold
+    return factors
 
 
 def unfold_thresholds(model: Model, original: Model) -> tuple[Model, list[float]]:

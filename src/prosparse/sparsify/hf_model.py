@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prosparse.model.activation import Activation
-from prosparse.model.fold import fold_thresholds
+from prosparse.model.adapter import Adapter, fingerprint
+from prosparse.model.fold import fold_factors, fold_thresholds
 from prosparse.model.model import Model
 from prosparse.model.model import Tensor as StoredTensor
 from prosparse.model.names import expected_tensors, less_one_in_hf
@@ -222,6 +223,22 @@ def to_model(trunk: Trunk, original: Model, type: str = "F32") -> Model:
         for name, tensor in model.tensors.items()
     }
     return replace(model, tensors=rounded)
+
+
+def to_adapter(trunk: Trunk, original: Model) -> Adapter:
+    """What makes the trained model of `original`, where its changes are codes on a grid."""
+    model = to_model(trunk, original)
+    thresholds = [float(mlp.threshold) for mlp in trunk.mlps]
+    _, common = _common(trunk.mlps[0].activation, thresholds)
+    factors = {}
+    if common is not None:
+        factors = fold_factors([max(t, _SMALLEST) for t in thresholds], common)
+    matrices = {
+        name: replace(change, scale=factors.get(name, 1.0))
+        for name, change in coded.changes(trunk.model).items()
+    }
+    vectors = {name: tensor for name, tensor in model.tensors.items() if len(tensor.shape) == 1}
+    return Adapter(fingerprint(original.tensors), model.config.activation, matrices, vectors, model.name)
 
 
 def weights(trunk: Trunk) -> dict[str, Tensor]:

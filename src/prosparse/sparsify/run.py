@@ -114,6 +114,13 @@ def _add_method(group: Any) -> None:
         help="train changes rounded to 2, 3 or 5 levels of a step a row (A in attention), as 3:2 or "
         "3,gate_proj=2, beginning with those of --from; 0: what stays the original's",
     )
+    small.add_argument(
+        "--codes",
+        type=Path,
+        metavar="A",
+        help="train the codes of this adapter, on its steps, and write DIR/adapter.gguf; convert --size "
+        "makes one to begin with",
+    )
     add("--control", action="store_true", help="also train the un-sparsified twin on the same tokens")
 
 

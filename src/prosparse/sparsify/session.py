@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from prosparse import __version__
-from prosparse.formats import open_model
+from prosparse.formats import adapter, open_model
 from prosparse.formats.files import written_whole
 from prosparse.formats.hf import write_folder
 from prosparse.model.activation import Activation
-from prosparse.model.adapter import ATTENTION, FFN, ROUNDING, change, kind_of, parse_ranks
+from prosparse.model.adapter import ATTENTION, FFN, ROUNDING, apply, change, kind_of, parse_ranks
 from prosparse.model.fold import unfold_thresholds
 from prosparse.model.model import Model
 from prosparse.sparsify import coded, hf_model, lora, progress, report, selfdata, settings, tokens
@@ -50,11 +50,14 @@ class Session:
         self.args, self.preset, self.world, self.device = args, preset, world, device
         self.folder: Path = args.out
         self.original = open_model(args.model)
+        self.grid = None if args.codes is None else adapter.read(args.codes)
         self.start, self.start_thresholds = self._start()
         self.ranks = None if args.lora is None else parse_ranks(args.lora)
         self.levels = None if args.levels is None else coded.parse_levels(args.levels)
         if self.levels and world.sharded:
             raise ValueError("changes of --levels cannot be spread over processes: leave --shard out")
+        if self.grid and (world.sharded or args.start or args.control):
+            raise ValueError("--codes does not go with --shard, --from (they are a start) or --control")
         size = self.original.config
         if preset:
             preset.check_model(size.hidden_size, size.num_hidden_layers)
@@ -131,6 +134,7 @@ class Session:
             "held_out": args.held_out,
             "lora": args.lora,
             "levels": args.levels,
+            "codes": args.codes and str(args.codes),
             "keep_embeddings": args.keep_embeddings,
             "config": asdict(self.config),
         }
@@ -144,22 +148,24 @@ class Session:
     def _start(self) -> tuple[Model, list[float]]:
         """The model whose weights training starts with, that of --from or the original, and its thresholds if
         it has any."""
-        if self.args.start is None:
+        source = self.args.start if self.grid is None else self.args.codes
+        if source is None:
             return self.original, []
-        start = open_model(self.args.start)
+        start = open_model(source) if self.grid is None else apply(self.original, self.grid)
         before = start.config.activation
         alike = replace(start.config, activation=self.original.config.activation)
         if alike != self.original.config:
-            raise ValueError(
-                f"{self.args.start} has another shape than {self.args.model}: it was not made of it"
-            )
+            raise ValueError(f"{source} has another shape than {self.args.model}: it was not made of it")
         if before.name not in ("fatrelu", "relu", self.original.config.activation.name):
-            raise ValueError(f"{self.args.start} is a {before.name} model: --from takes fatrelu and relu")
+            raise ValueError(f"{source} is a {before.name} model: fatrelu and relu can be gone on with")
         if before.name != "fatrelu":
             return start, []
         if self.preset or self.args.l1:
-            raise ValueError(f"{self.args.start} has thresholds, which only --target goes on with")
-        return unfold_thresholds(start, self.original)
+            raise ValueError(f"{source} has thresholds, which only --target goes on with")
+        if self.grid is None:
+            return unfold_thresholds(start, self.original)
+        gates = (f"model.layers.{i}.mlp.gate_proj.weight" for i in range(start.config.num_hidden_layers))
+        return start, [before.param / self.grid.matrices[gate].scale for gate in gates]
 
     def _student(self) -> Trunk:
         if self.config.control:
@@ -172,7 +178,8 @@ class Session:
 
     def _trainable(self, start: Model, activation: Activation) -> Trunk:
         """A model that trains from the weights of `start`: itself, or adapters of the original."""
-        base = start if self.ranks is None and self.levels is None else self.original
+        whole = self.ranks is None and self.levels is None and self.grid is None
+        base = start if whole else self.original
         changed = replace(base, config=replace(base.config, activation=activation))
         trunk = hf_model.load(changed, device=self.device)
         if self.args.keep_embeddings:
@@ -180,6 +187,8 @@ class Session:
         if self.levels is not None:
             self._tell_what_is_lost(start, {*FFN, *ATTENTION} - self.levels.keys())
             coded.add(trunk, self.levels, start)
+        if self.grid is not None:
+            coded.add_grid(trunk, self.grid, self.original.config)
         if self.ranks is not None:
             torch.manual_seed(self.args.seed)
             lora.add(trunk, self.ranks)
@@ -298,6 +307,10 @@ class Session:
         model = hf_model.to_model(student, self.original, kind)
         if self.world.is_main:
             write_folder(folder / "model", model, kind)
+            if self.grid is not None:
+                made = replace(hf_model.to_adapter(student, self.original), license=self.grid.license)
+                adapter.write(folder / "adapter.gguf", made)
+                self._say(f"{folder / 'adapter.gguf'}: {made.size_bytes / 1e6:.2f} MB")
         self.world.wait()
         return model.config.activation
 

@@ -1,0 +1,135 @@
+"""Codes of an adapter that train on its steps."""
+
+import json
+
+import numpy as np
+import pytest
+
+from prosparse.cli import main
+from prosparse.formats import adapter as files
+from prosparse.formats import open_model
+from prosparse.formats.hf import write_folder
+from prosparse.model.adapter import ATTENTION, FFN, apply, extract
+from prosparse.model.coded import Coded, encoded, float16
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from prosparse.sparsify import hf_model  # noqa: E402
+from prosparse.sparsify.coded import GridLinear, add_grid, codes_of  # noqa: E402
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+def change(rows, columns, seed=0, with_columns=True):
+    rng = np.random.default_rng(seed)
+    steps = float16(0.02 * (1 + rng.random(rows)))
+    column_steps = float16(np.exp(rng.standard_normal(columns))) if with_columns else None
+    return Coded(1.0, columns, steps, column_steps, encoded(np.rint(rng.standard_normal((rows, columns)))))
+
+
+@pytest.mark.parametrize("with_columns", [True, False])
+def test_it_begins_with_the_codes_and_rounds_to_the_nearest(with_columns):
+    plain, coded = torch.nn.Linear(9, 5, bias=False), change(5, 9, with_columns=with_columns)
+    layer = GridLinear(plain, coded)
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), x @ torch.from_numpy(coded.merged(plain.weight.detach().numpy())).T)
+    sizes = layer.steps * layer.column_steps
+    with torch.no_grad():
+        layer.weight += 0.4 * sizes
+    torch.testing.assert_close(layer(x), x @ torch.from_numpy(coded.merged(plain.weight.detach().numpy())).T)
+    with torch.no_grad():
+        layer.weight += 0.2 * sizes
+    codes = codes_of(layer.weight.detach(), layer.steps, layer.column_steps).numpy()
+    assert np.array_equal(codes, coded.codes() + 1)
+    (layer(x) * torch.arange(5.0)).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, torch.arange(5.0)[:, None] * x.sum(0))
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+
+
+def test_steps_of_0_and_codes_without_end():
+    change, steps = torch.tensor([[1e30, -1e30, 1.0]]), torch.tensor([[0.5]])
+    assert codes_of(change, steps, torch.tensor([1.0, 1.0, 0.0])).tolist() == [[32767, -32767, 0]]
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model):
+    """base, data.jsonl, first/model with thresholds, and its adapter a.gguf of 0.06 MB."""
+    write_folder(tmp_path / "base", tiny_model(tied=True, intermediate=96), "F32")
+    row = json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 5}) + "\n"
+    (tmp_path / "data.jsonl").write_text(row * 60)
+    options = ["--out", str(tmp_path / "first"), "--keep-embeddings", "--target", "0.7", "--type", "f32"]
+    assert train(tmp_path, *options) == 0
+    command = ["convert", str(tmp_path / "first" / "model"), str(tmp_path / "a.gguf")]
+    command += ["--base", str(tmp_path / "base"), "--size", "0.06"]
+    assert main([*command, "--data", str(tmp_path / "data.jsonl"), "--tokens", "256", "--device", "cpu"]) == 0
+    return tmp_path
+
+
+def train(folder, *options):
+    command = [
+        "sparsify",
+        "-m",
+        str(folder / "base"),
+        "--data",
+        str(folder / "data.jsonl"),
+        "--context",
+        "32",
+    ]
+    command += ["--workers", "1", "--batch-tokens", "128", "--tokens", "2560", "--device", "cpu"]
+    return main([*command, *options])
+
+
+def test_a_run_writes_the_adapter_of_its_model(folder, capsys):
+    options = ["--codes", str(folder / "a.gguf"), "--target", "0.6", "--type", "f32", "--lr", "1e-3"]
+    out = folder / "second"
+    assert train(folder, "--out", str(out), *options) == 0
+    assert "adapter.gguf: " in capsys.readouterr().out
+    base, before, after = (
+        open_model(folder / "base"),
+        files.read(folder / "a.gguf"),
+        files.read(out / "adapter.gguf"),
+    )
+    theirs, ours = open_model(out / "model"), apply(base, after)
+    assert ours.config == theirs.config
+    for name, tensor in theirs.tensors.items():
+        expected = tensor.dequantize()
+        np.testing.assert_allclose(
+            ours.tensors[name].dequantize(), expected, rtol=1e-5, atol=1e-6, err_msg=name
+        )
+    moved = [np.mean(part.codes() != before.matrices[name].codes()) for name, part in after.matrices.items()]
+    assert 0.01 < np.mean(moved) < 0.9
+    for name, part in after.matrices.items():
+        assert np.array_equal(part.steps.data, before.matrices[name].steps.data)
+        assert np.array_equal(part.column_steps.data, before.matrices[name].column_steps.data)
+    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["sparsity"] == pytest.approx(0.7, abs=0.1)  # with the thresholds that the adapter has
+
+
+def test_it_begins_as_the_model_of_the_adapter(folder):
+    base, made = open_model(folder / "base"), files.read(folder / "a.gguf")
+    trunk = hf_model.load(base)
+    count = add_grid(trunk, made, base.config)
+    assert count == sum(p.numel() for p in trunk.model.parameters() if p.requires_grad)
+    found, expected = hf_model.weights(trunk), apply(base, made)
+    for name, tensor in expected.tensors.items():
+        scale = made.matrices[name].scale if name in made.matrices else 1
+        values = torch.from_numpy(tensor.dequantize() / np.float32(scale))
+        torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_fit(folder, tiny_model, capsys):
+    out = ["--out", str(folder / "bad")]
+    codes = ["--codes", str(folder / "a.gguf")]
+    assert train(folder, *out, *codes, "--from", str(folder / "first" / "model")) == 2
+    assert "--codes does not go with --shard, --from" in capsys.readouterr().err
+    assert train(folder, *out, *codes, "--l1", "0") == 2
+    assert "has thresholds, which only --target goes on with" in capsys.readouterr().err
+    base, tuned = open_model(folder / "base"), open_model(folder / "first" / "model")
+    forms = dict.fromkeys(ATTENTION, 4), dict.fromkeys(FFN, 3)
+    files.write(folder / "mixed.gguf", extract(base, tuned, *forms))
+    assert train(folder, *out, "--codes", str(folder / "mixed.gguf")) == 2
+    assert "codes of all matrices are needed" in capsys.readouterr().err
+    write_folder(folder / "base", tiny_model(tied=True, intermediate=96, seed=5), "F32")
+    assert train(folder, *out, *codes) == 2
+    assert "is of a model with the fingerprint" in capsys.readouterr().err
