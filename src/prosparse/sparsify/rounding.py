@@ -60,9 +60,9 @@ def worth(
     micro: int = 2,
     bfloat16: bool = False,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Worth:
-    """Over all tokens of `batches`; the loss is that of tokens drawn from the model itself (Fisher)."""
+    """Over all tokens of `batches`, `micro` sequences at a time; the loss is that of tokens drawn from the
+    model itself (Fisher). None of the trunk's matrices trains afterwards."""
     layers = {
         f"{name}.weight": module
         for name, module in trunk.model.named_modules()
@@ -94,23 +94,20 @@ def worth(
         for batch in batches
         for i in range(0, len(batch.tokens), micro)
     ]
-    count = 0
     trunk.eval().requires_grad_(False)
     trunk.embedding.requires_grad_(True)  # so that there is something to go back to
     try:
-        for done, part in enumerate(tokens):
-            kind = trunk.head.device.type
-            with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):
+        for part in tokens:
+            with torch.autocast(trunk.head.device.type, torch.bfloat16, enabled=bfloat16):
                 hidden = trunk(part.to(trunk.head.device))
                 logits = torch.nn.functional.linear(hidden, trunk.head.detach()).float().flatten(0, 1)
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
             (-logits.log_softmax(-1).gather(-1, drawn).sum()).backward()
             trunk.embedding.grad = None
-            count += part.numel()
-            progress(done + 1, len(tokens))
     finally:
         for hook in hooks:
             hook.remove()
+    count = sum(part.numel() for part in tokens)
     return Worth(
         {name: total / count for name, total in inputs.items()},
         {name: total / count for name, total in outputs.items()},
@@ -233,13 +230,13 @@ class _Part:
     curvature: Curvature
 
     @classmethod
-    def of(cls, base: Model, tuned: Model, name: str, factors: Mapping[int, float], worth: Worth) -> "_Part":
+    def of(cls, base: Model, tuned: Model, name: str, factors: Mapping[int, float], found: Worth) -> "_Part":
         ours, theirs = (torch.from_numpy(m.tensors[name].dequantize()) for m in (tuned, base))
         if not ours.isfinite().all():
             raise ValueError(f"tensor {name} of {tuned.name}: NaN or infinite values")
         factor = factors[int(name.split(".")[2])]
         scale = {"gate_proj": factor, "up_proj": 1 / factor}.get(kind_of(name), 1.0)
-        curvature = worth.curvature(name)
+        curvature = found.curvature(name)
         # derivatives are by outputs of the tuned matrix, and codes are inside the scale
         return cls(scale, (ours / scale - theirs).to(curvature.steps.device), curvature.scaled(scale))
 
