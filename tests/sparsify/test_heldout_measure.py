@@ -1,6 +1,7 @@
 """Loss, sparsity and calibrated thresholds against brute force."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from prosparse.model.chat import CHATML
 from prosparse.sparsify import measure
 from prosparse.sparsify.batches import Batch
-from prosparse.sparsify.tokens import Encoder
+from prosparse.sparsify.tokens import Encoder, build
 from tiny import byte_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -78,6 +79,18 @@ def test_a_sample_is_the_start_of_its_source(source, encoder, tokens, context):
         assert batch.tokens[i].tolist() == ids[part].tolist()
         assert batch.loss[i].tolist() == (loss[part] == 1).tolist()
         assert batch.document[i].tolist() == (place[part] - place[part][0]).tolist()
+
+
+def test_a_sample_of_a_store_is_that_of_its_source(encoder, tmp_path):
+    source = tmp_path / "data.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    store = build(str(source), encoder, tmp_path / "cache", workers=1)
+    ours, theirs = (measure.sample(str(one), encoder, 96, 32) for one in (store.folder, source))
+    for part in ("tokens", "loss", "document"):
+        assert np.array_equal(getattr(ours, part), getattr(theirs, part))
+    other = replace(encoder, bos_id=None)
+    with pytest.raises(ValueError, match="holds the tokens of another tokenizer"):
+        measure.sample(str(store.folder), other, 96, 32)
 
 
 def test_a_source_that_ends_early(tmp_path, encoder):

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prosparse.sparsify import corpus
 from prosparse.sparsify.batches import Batch
-from prosparse.sparsify.tokens import Encoder
+from prosparse.sparsify.tokens import Encoder, encoded_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="D",
-        help="file, folder or hf:NAME, read from its start; may be repeated",
+        help="file, folder, hf:NAME or store of a run, read from its start; may be repeated",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     add("--tokens", type=int, default=65536, metavar="N", help="tokens of each source [65536]")
@@ -79,8 +78,7 @@ def sample(source: str, encoder: Encoder, tokens: int, context: int) -> Batch:
     wanted = tokens // context * context + 1
     ids, loss, document = [], [], []
     count = 0
-    for number, row in enumerate(corpus.rows(source)):
-        row_ids, row_loss = encoder.encode(row)
+    for number, (row_ids, row_loss) in enumerate(encoded_rows(source, encoder)):
         ids.append(row_ids)
         loss.append(row_loss)
         document.append(np.full(len(row_ids), number, np.int32))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +124,20 @@ class TokenStore:
         self.offsets = np.load(folder / "offsets.npy", mmap_mode="r")
 
 
+def encoded_rows(source: str, encoder: Encoder) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each row its ids and whether they are learnt, from a source or a store. ValueError as in `build`."""
+    if not _is_store(source):
+        yield from (encoder.encode(row) for row in corpus.rows(source))
+        return
+    store = _opened(Path(source), encoder)
+    for start, end in pairwise(store.offsets):
+        yield store.tokens[start:end], store.loss[start:end]
+
+
+def _is_store(source: str) -> bool:
+    return (Path(source) / "meta.json").exists()
+
+
 def build(
     source: str,
     encoder: Encoder,
@@ -137,7 +151,7 @@ def build(
     `progress(rows, tokens)` is called on the way. ValueError for a source without a single row, or a store
     made with another tokenizer; rows keep their order whatever the number of `workers`.
     """
-    if (Path(source) / "meta.json").exists():
+    if _is_store(source):
         return _opened(Path(source), encoder)
     key = hashlib.sha256(f"{_VERSION} {_state(source)} {encoder.fingerprint()}".encode()).hexdigest()[:24]
     folder = cache / key
