@@ -79,7 +79,9 @@ def write_rounded_adapter(
 
     tuned, original = _opened(source, target, base)
     check_related(original, tuned)
-    encoder = measure.Encoder(tuned.tokenizer, tuned.config.bos_token_id, tuned.config.eos_token_ids)
+    # the adapted model's: adapters leave it the base's
+    config = original.config
+    encoder = measure.Encoder(original.tokenizer, config.bos_token_id, config.eos_token_ids)
     batches = [measure.sample(one, encoder, text.tokens, text.context) for one in text.sources]
     trunk, bfloat16 = measure.load(tuned, text.device)
     from prosparse.sparsify import rounding
