@@ -157,7 +157,7 @@ class Session:
         if alike != self.original.config:
             raise ValueError(f"{source} has another shape than {self.args.model}: it was not made of it")
         if before.name not in ("fatrelu", "relu", self.original.config.activation.name):
-            raise ValueError(f"{source} is a {before.name} model: fatrelu and relu can be gone on with")
+            raise ValueError(f"{source} is a {before.name} model: training takes fatrelu and relu")
         if before.name != "fatrelu":
             return start, []
         if self.preset or self.args.l1:
