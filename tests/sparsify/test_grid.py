@@ -1,6 +1,7 @@
 """Codes of an adapter that train on its steps."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ pytest.importorskip("transformers")
 from prosparse.sparsify import hf_model  # noqa: E402
 from prosparse.sparsify.coded import GridLinear, add_grid, codes_of  # noqa: E402
 
-GATE = "model.layers.1.mlp.gate_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def change(rows, columns, seed=0, with_columns=True):
@@ -130,6 +131,11 @@ def test_what_does_not_fit(folder, tiny_model, capsys):
     files.write(folder / "mixed.gguf", extract(base, tuned, *forms))
     assert train(folder, *out, "--codes", str(folder / "mixed.gguf")) == 2
     assert "codes of all matrices are needed" in capsys.readouterr().err
+    made = files.read(folder / "a.gguf")
+    scaled = replace(made.matrices[DOWN], scale=0.9)
+    files.write(folder / "scaled.gguf", replace(made, matrices=dict(made.matrices) | {DOWN: scaled}))
+    assert train(folder, *out, "--codes", str(folder / "scaled.gguf")) == 2
+    assert f"the adapter scales {DOWN} by 0.9" in capsys.readouterr().err
     write_folder(folder / "base", tiny_model(tied=True, intermediate=96, seed=5), "F32")
     assert train(folder, *out, *codes) == 2
     assert "is of a model with the fingerprint" in capsys.readouterr().err

@@ -232,6 +232,12 @@ def test_thresholds_that_were_folded(base, tuned, found):
         assert (abs(part.scale - 1) > 0.2) == bool(folded)
 
 
+def test_gates_of_other_activations_have_no_scale(base, tuned, found):
+    dense = replace(tuned, config=replace(tuned.config, activation=Activation("silu")))
+    made = adapter(base, dense, found, 100_000)
+    assert {part.scale for part in made.matrices.values()} == {1.0}
+
+
 def test_what_cannot_be(base, tuned, found, tiny_model):
     with pytest.raises(ValueError, match=r"an adapter of 0\.008 MB is too small for tuned"):
         adapter(base, tuned, found, 8_000)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prosparse.sparsify.hf_model import Trunk
 
 _TINY, _MOST = 1e-30, 32767.0  # of a step that is a divisor; of codes
+_ROUNDING = 1e-4  # of scales
 # levels -> sizes above which codes are 1 and 2, in mean sizes of a row. Three: Eq. 6 of Ternary Weight
 # Networks. Five: half a step and one and a half, where a step is 1.12. Of a normal row's square that leaves
 # 8.3 %, and 8.2 % is the least; of a Laplace-distributed one's 14.4 %, and 13.3 % is.
@@ -167,7 +168,9 @@ def add(trunk: "Trunk", levels: Mapping[str, int], start: Model) -> int:
 
 def add_grid(trunk: "Trunk", start: Adapter, config: ModelConfig) -> int:
     """Puts the codes of an adapter for the trunk's model into projections, in place, and its vectors; the
-    number of parameters that then train. Embedding and head do not. ValueError for factors."""
+    number of parameters that then train. Embedding and head do not, and folded thresholds are taken apart.
+    ValueError for factors, and for scales that are not of folding."""
+    _check_scales(start)
     for parameter in trunk.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
     vectors = dict(trunk.model.named_parameters())
@@ -175,11 +178,21 @@ def add_grid(trunk: "Trunk", start: Adapter, config: ModelConfig) -> int:
         for name, tensor in start.vectors.items():
             vectors[name].copy_(torch.from_numpy(tensor.dequantize() - less_one_in_hf(config, name)))
     for name, change in start.matrices.items():
-        if not isinstance(change, Coded):
-            raise ValueError(f"the adapter has factors of {name}: codes of all matrices are needed")
+        assert isinstance(change, Coded)
         layer = name.removesuffix(".weight")
         trunk.model.set_submodule(layer, GridLinear(trunk.model.get_submodule(layer), change))
     return sum(p.numel() for p in trunk.parameters() if p.requires_grad)
+
+
+def _check_scales(start: Adapter) -> None:
+    for name, change in start.matrices.items():
+        if not isinstance(change, Coded):
+            raise ValueError(f"the adapter has factors of {name}: codes of all matrices are needed")
+        scale = change.scale
+        if adapter.kind_of(name) == "up_proj":
+            scale *= start.matrices[name.replace("up_proj", "gate_proj")].scale
+        if adapter.kind_of(name) != "gate_proj" and abs(scale - 1) > _ROUNDING:
+            raise ValueError(f"the adapter scales {name} by {scale:g}, and codes alone are trained")
 
 
 def changes(model: nn.Module) -> dict[str, Coded]:

@@ -192,7 +192,8 @@ def adapter(
     Embedding and head of `tuned` are left out. ValueError if it is of another kind, or `size` is too small.
     """
     check_related(base, tuned)
-    factors = dict(enumerate(folding(tuned, base)))
+    homogeneous = tuned.config.activation.name in ("relu", "fatrelu")  # gates may have been folded
+    factors = dict(enumerate(folding(tuned, base) if homogeneous else [1.0] * base.config.num_hidden_layers))
     vectors = {
         name: float32(tensor.dequantize()) for name, tensor in tuned.tensors.items() if len(tensor.shape) == 1
     }
