@@ -27,45 +27,46 @@ struct Chance {
     }
 };
 
-// Range coding (Martin 1979) of binary decisions, with the carry of LZMA.
-class Writer {
+// Range coding (Martin 1979) of binary decisions. A Coder takes the upper part of the interval or not, as it
+// is told or as it reads, and shifts a byte out or in.
+template <class Coder>
+class Interval {
   public:
-    static constexpr bool reads = false;
-
-    bool decide(Chance& chance, bool yes) {
+    bool decide(Chance& chance, bool told) {
         const uint32_t part = (range_ >> 16) * chance.no;
-        if (yes) {
-            low_ += part;
-            range_ -= part;
-        } else {
-            range_ = part;
-        }
+        const bool yes = coder().take(part, told);
         chance.learn(yes);
-        fill();
+        keep(yes ? range_ - part : part);
         return yes;
     }
 
-    bool flip(bool yes) {
-        range_ >>= 1;
-        if (yes) low_ += range_;
-        fill();
+    bool flip(bool told) {
+        const uint32_t half = range_ >> 1;
+        const bool yes = coder().take(half, told);
+        keep(half);
         return yes;
-    }
-
-    std::vector<uint8_t> finish() {
-        for (int i = 0; i < 5; i++) shift();
-        return std::move(bytes_);
     }
 
   private:
-    void fill() {
-        while (range_ < kTop) {
-            range_ <<= 8;
-            shift();
-        }
+    Coder& coder() { return static_cast<Coder&>(*this); }
+
+    void keep(uint32_t range) {
+        for (range_ = range; range_ < kTop; range_ <<= 8) coder().shift();
     }
 
-    // A byte is held back, and those of ones after it, until no carry can reach them.
+    uint32_t range_ = ~0u;
+};
+
+class Writer : public Interval<Writer> {
+  public:
+    static constexpr bool reads = false;
+
+    bool take(uint32_t part, bool told) {
+        if (told) low_ += part;
+        return told;
+    }
+
+    // With the carry of LZMA: a byte is held back, and those of ones after it, until none can reach them.
     void shift() {
         if (low_ < 0xff000000u || low_ >> 32) {
             const uint8_t carry = uint8_t(low_ >> 32);
@@ -79,61 +80,43 @@ class Writer {
         low_ = uint32_t(low_) << 8;
     }
 
+    std::vector<uint8_t> finish() {
+        for (int i = 0; i < 5; i++) shift();
+        return std::move(bytes_);
+    }
+
+  private:
     std::vector<uint8_t> bytes_;
     uint64_t low_ = 0;
-    uint32_t range_ = ~0u;
     uint8_t held_ = 0;
     bool started_ = false;
     size_t ones_ = 0;
 };
 
-class Reader {
+class Reader : public Interval<Reader> {
   public:
     static constexpr bool reads = true;
 
     Reader(const uint8_t* bytes, size_t n) : at_(bytes), end_(bytes + n) {
-        for (int i = 0; i < 4; i++) code_ = code_ << 8 | next();
+        for (int i = 0; i < 4; i++) shift();
     }
 
-    bool decide(Chance& chance, bool = false) {
-        const uint32_t part = (range_ >> 16) * chance.no;
+    bool take(uint32_t part, bool) {
         const bool yes = code_ >= part;
-        if (yes) {
-            code_ -= part;
-            range_ -= part;
-        } else {
-            range_ = part;
-        }
-        chance.learn(yes);
-        fill();
+        if (yes) code_ -= part;
         return yes;
     }
 
-    bool flip(bool = false) {
-        range_ >>= 1;
-        const bool yes = code_ >= range_;
-        if (yes) code_ -= range_;
-        fill();
-        return yes;
+    void shift() {
+        missing_ |= at_ == end_;
+        code_ = code_ << 8 | (at_ == end_ ? 0 : *at_++);
     }
 
     bool ended() const { return at_ == end_ && !missing_; }
 
   private:
-    void fill() {
-        while (range_ < kTop) {
-            range_ <<= 8;
-            code_ = code_ << 8 | next();
-        }
-    }
-
-    uint8_t next() {
-        missing_ |= at_ == end_;
-        return at_ == end_ ? 0 : *at_++;
-    }
-
     const uint8_t *at_, *end_;
-    uint32_t range_ = ~0u, code_ = 0;
+    uint32_t code_ = 0;
     bool missing_ = false;
 };
 

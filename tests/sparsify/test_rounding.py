@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from prosparse.cli import main
 from prosparse.formats import adapter as files
@@ -16,9 +15,13 @@ from prosparse.model.adapter import apply, extract, kind_of
 from prosparse.model.coded import Coded
 from prosparse.model.fold import fold_thresholds
 from prosparse.model.model import float32
-from prosparse.sparsify import hf_model
-from prosparse.sparsify.batches import Batch
-from prosparse.sparsify.rounding import Curvature, Worth, adapter, rounded, worth
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from prosparse.sparsify import hf_model  # noqa: E402
+from prosparse.sparsify.batches import Batch  # noqa: E402
+from prosparse.sparsify.rounding import Curvature, Worth, adapter, rounded, worth  # noqa: E402
 
 QUERIES, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 

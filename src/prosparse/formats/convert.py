@@ -223,6 +223,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     start = time.monotonic()
     kind = args.type.upper() if args.type else None
+    if not args.base:
+        for name in ("rank", "levels", "size", "data", "tokens", "device", "name", "measured"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} is of an adapter to be written: add --base")
     if args.powerinfer:
         return _main_for_powerinfer(args, kind)
     for name in ("as_relu", "activation_stats", "vram_budget"):
@@ -230,9 +234,6 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is for PowerInfer files: add --powerinfer")
     if args.base:
         return _main_for_adapter(args, kind)
-    for name in ("rank", "levels", "size", "data", "tokens", "device", "name", "measured"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name} is of an adapter to be written: add --base")
     model = convert(
         args.source,
         args.target,

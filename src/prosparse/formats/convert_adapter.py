@@ -28,13 +28,12 @@ TYPE = "Q8_0"
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What shows how much weights are worth: the first `tokens` of each source, in sequences of `context`,
-    `micro` of them at a time, on this torch device (None: a GPU if there is one)."""
+    """What shows how much weights are worth: the first `tokens` of each source, in sequences of `context`, on
+    this torch device (None: a GPU if there is one)."""
 
     sources: Sequence[str]
     tokens: int = 4096
     context: int = 512
-    micro: int = 2
     device: str | None = None
 
 
@@ -76,18 +75,19 @@ def write_rounded_adapter(
     bytes; needs torch, and some minutes for 100 M weights on a CPU. `progress` is given lines for users, what
     the errors cost among them."""
     from prosparse.sparsify import measure
+    from prosparse.sparsify.tokens import Encoder
 
     tuned, original = _opened(source, target, base)
     check_related(original, tuned)
     # the adapted model's: adapters leave it the base's
     config = original.config
-    encoder = measure.Encoder(original.tokenizer, config.bos_token_id, config.eos_token_ids)
+    encoder = Encoder(original.tokenizer, config.bos_token_id, config.eos_token_ids)
     batches = [measure.sample(one, encoder, text.tokens, text.context) for one in text.sources]
     trunk, bfloat16 = measure.load(tuned, text.device)
-    from prosparse.sparsify import rounding
+    from prosparse.sparsify import rounding  # torch is there, or `load` has said so
 
     progress(f"what weights are worth, on {sum(batch.loss.size for batch in batches)} tokens")
-    worth = rounding.worth(trunk, batches, micro=text.micro, bfloat16=bfloat16)
+    worth = rounding.worth(trunk, batches, bfloat16=bfloat16)
     made = rounding.adapter(original, tuned, worth, size, progress)
     return _written(made, original, tuned, Path(target), base, name, measured)
 

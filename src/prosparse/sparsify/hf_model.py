@@ -225,9 +225,8 @@ def to_model(trunk: Trunk, original: Model, type: str = "F32") -> Model:
     return replace(model, tensors=rounded)
 
 
-def to_adapter(trunk: Trunk, original: Model) -> Adapter:
-    """What makes the trained model of `original`, where its changes are codes on a grid."""
-    model = to_model(trunk, original)
+def to_adapter(trunk: Trunk, original: Model, model: Model) -> Adapter:
+    """What makes `model`, which `to_model` returned, of `original`, where changes are codes on a grid."""
     thresholds = [float(mlp.threshold) for mlp in trunk.mlps]
     _, common = _common(trunk.mlps[0].activation, thresholds)
     factors = {}

@@ -308,7 +308,7 @@ class Session:
         if self.world.is_main:
             write_folder(folder / "model", model, kind)
             if self.grid is not None:
-                made = replace(hf_model.to_adapter(student, self.original), license=self.grid.license)
+                made = replace(hf_model.to_adapter(student, self.original, model), license=self.grid.license)
                 adapter.write(folder / "adapter.gguf", made)
                 self._say(f"{folder / 'adapter.gguf'}: {made.size_bytes / 1e6:.2f} MB")
         self.world.wait()
