@@ -1,6 +1,8 @@
 """Codes of an adapter that train on its steps."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +18,7 @@ from prosparse.model.coded import Coded, encoded, float16
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from prosparse.sparsify import hf_model  # noqa: E402
+from prosparse.sparsify import budget, hf_model  # noqa: E402
 from prosparse.sparsify.coded import GridLinear, add_grid, codes_of  # noqa: E402
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -67,7 +69,7 @@ def folder(tmp_path, tiny_model):
     return tmp_path
 
 
-def train(folder, *options):
+def words(folder):
     command = [
         "sparsify",
         "-m",
@@ -78,7 +80,11 @@ def train(folder, *options):
         "32",
     ]
     command += ["--workers", "1", "--batch-tokens", "128", "--tokens", "2560", "--device", "cpu"]
-    return main([*command, *options])
+    return command
+
+
+def train(folder, *options):
+    return main([*words(folder), *options])
 
 
 def test_a_run_writes_the_adapter_of_its_model(folder, capsys):
@@ -139,3 +145,72 @@ def test_what_does_not_fit(folder, tiny_model, capsys):
     write_folder(folder / "base", tiny_model(tied=True, intermediate=96, seed=5), "F32")
     assert train(folder, *out, *codes) == 2
     assert "is of a model with the fingerprint" in capsys.readouterr().err
+
+
+def grown(run):
+    """Bytes of the adapter of a run over those it began with, and of its last measurement."""
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return (run / "adapter.gguf").stat().st_size, steps[-1]["size"]
+
+
+def test_a_file_that_would_grow_is_kept_to_its_size(folder, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "_EVERY", 4)
+    codes = ["--codes", str(folder / "a.gguf"), "--target", "0.7", "--type", "f32", "--lr", "1e-3"]
+    sizes = []
+    for size in ([], ["--size", "0.08"], ["--size", "9"]):
+        out = folder / f"run{len(sizes)}"
+        assert train(folder, "--out", str(out), *codes, *size, "--tokens", "20480") == 0
+        found, measured = grown(out)
+        assert abs(found / measured - 1) < 0.15  # by two rows of a matrix
+        sizes.append(found)
+    before = (folder / "a.gguf").stat().st_size
+    assert 0.8 * before < sizes[0] < 1.05 * before and 0.8 * 80e3 < sizes[1] < 1.05 * 80e3
+    assert sizes[2] > 1.5 * before
+    assert train(folder, "--out", str(folder / "bad"), *codes, "--size", "0.001") == 2
+    assert "an adapter of 0.001 MB is too small: without any codes it has 0.0" in capsys.readouterr().err
+    assert train(folder, "--out", str(folder / "bad"), "--size", "1") == 2
+    assert "--size is MB of the adapter that --codes trains" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_keeps_to_the_size_as_one_without_a_break(folder, monkeypatch):
+    monkeypatch.setattr(budget, "_EVERY", 4)
+    codes = ["--codes", str(folder / "a.gguf"), "--target", "0.7", "--type", "f32", "--lr", "1e-3"]
+    codes += ["--tokens", "5120", "--checkpoint-every", "10"]
+    assert train(folder, "--out", str(folder / "whole"), *codes) == 0
+    share, steps = budget.Budget.share, []
+
+    def stops(self, step):
+        steps.append(step)
+        if len(steps) == 26:
+            raise RuntimeError("no power")
+        return share(self, step)
+
+    monkeypatch.setattr(budget.Budget, "share", stops)
+    with pytest.raises(RuntimeError, match="no power"):
+        train(folder, "--out", str(folder / "broken"), *codes)
+    assert train(folder, "--out", str(folder / "broken"), *codes) == 0
+    assert steps[25:] == [26, *range(21, 41)]
+    whole, broken = (
+        [
+            {key: value for key, value in json.loads(line).items() if key != "seconds"}
+            for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "broken")
+    )
+    assert whole == broken
+    ours, theirs = (files.read(folder / name / "adapter.gguf") for name in ("whole", "broken"))
+    assert all(
+        np.array_equal(ours.matrices[name].codes(), part.codes()) for name, part in theirs.matrices.items()
+    )
+
+
+def test_two_processes_train_the_codes_that_one_does(folder):
+    codes = ["--codes", str(folder / "a.gguf"), "--target", "0.7", "--type", "f32", "--micro", "2"]
+    assert train(folder, "--out", str(folder / "one"), *codes) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "prosparse", *words(folder), "--out", str(folder / "two"), *codes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ours, theirs = (files.read(folder / name / "adapter.gguf") for name in ("one", "two"))
+    differ = [np.mean(ours.matrices[n].codes() != part.codes()) for n, part in theirs.matrices.items()]
+    assert np.mean(differ) < 1e-3

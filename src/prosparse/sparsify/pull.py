@@ -17,13 +17,14 @@ class Pull:
     """Of the matrices of a student's layers, to those of the original; of coded changes, to none.
 
     `weight` of a matrix, by its name: a step moves it by this times the learning rate of the way that is
-    left, but never past it. ValueError for what adapters add, of which the original has nothing.
+    left, but never past it. The original may be left out if all matrices are coded. ValueError for what
+    adapters add, of which the original has nothing.
     """
 
-    def __init__(self, student: Trunk, original: Trunk, weight: Callable[[str], float]) -> None:
+    def __init__(self, student: Trunk, original: Trunk | None, weight: Callable[[str], float]) -> None:
         changes = {f"{name}.weight" for name, m in student.named_modules() if isinstance(m, CodedLinear)}
-        matrices, theirs = student.matrices(), dict(original.named_parameters())
-        if not matrices.keys() <= theirs.keys():
+        matrices, theirs = student.matrices(), dict(original.named_parameters() if original else [])
+        if not matrices.keys() <= theirs.keys() | changes:
             raise ValueError("what adapters (--lora) add cannot be drawn back to the original's weights")
         self._changes: dict[float, list[Tensor]] = defaultdict(list)
         self._weights: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))

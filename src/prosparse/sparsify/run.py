@@ -121,6 +121,12 @@ def _add_method(group: Any) -> None:
         help="train the codes of this adapter, on its steps, and write DIR/adapter.gguf; convert --size "
         "makes one to begin with",
     )
+    add(
+        "--size",
+        type=float,
+        metavar="MB",
+        help="of that adapter, which a harder pull keeps to it, within a percent or so [as it is]",
+    )
     add("--control", action="store_true", help="also train the un-sparsified twin on the same tokens")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from prosparse.model.adapter import ATTENTION
 from prosparse.sparsify import checkpoint, controller
 from prosparse.sparsify.batches import Batch, Mixture, ahead
+from prosparse.sparsify.budget import Budget
 from prosparse.sparsify.config import TrainConfig
 from prosparse.sparsify.distributed import World, full, shard
 from prosparse.sparsify.gpu import Numbers
@@ -43,7 +44,8 @@ class Trainer:
     """Trains `student` in place. A run in `folder` goes on from its newest checkpoint.
 
     `metrics.jsonl` there has a line a step: `step, lr, lambda, loss, next_token, kl, states, sparsity,
-    wanted, grad_norm, tokens, seconds`, `skipped` where numbers were not finite and the step was not taken.
+    wanted, grad_norm, tokens, seconds`, `size` in bytes under a `budget`, `skipped` where numbers were not
+    finite and the step was not taken.
     In a `world` of several processes each one must make and run a trainer.
     """
 
@@ -55,11 +57,12 @@ class Trainer:
         config: TrainConfig,
         folder: Path,
         world: World | None = None,
+        budget: Budget | None = None,
     ) -> None:
         if config.mix.taught and teacher is None:
             raise ValueError("distillation needs the original model")
         self.student, self.teacher, self.feeds, self.config = student, teacher, feeds, config
-        self.folder, self.world = folder, world or World()
+        self.folder, self.world, self.budget = folder, world or World(), budget
         self._check_feeds()
         self.device = student.head.device
         self.step = 0
@@ -74,8 +77,8 @@ class Trainer:
         self._trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self._optimizers = self._new_optimizers()
         self._pull = None
-        if config.pull and teacher:
-            self._pull = Pull(student, teacher, lambda matrix: config.pull * self._scale(matrix))
+        if config.pull or budget:
+            self._pull = Pull(student, teacher, self._scale)
         self._resume()
 
     def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -220,7 +223,8 @@ class Trainer:
             if taken:
                 optimizer.step()
         if self._pull and taken:
-            self._pull.step(rate)
+            more = self.budget.share(step) if self.budget else 0.0
+            self._pull.step(rate * config.pull + more)
         self._lessons.forget()
         self._count_bad(taken, loss)
         layers = np.array(sparsity)
@@ -238,7 +242,9 @@ class Trainer:
             "grad_norm": norm,
             "tokens": self.tokens_until(step),
             "seconds": time.perf_counter() - start,
-        } | ({} if taken else {"skipped": True})
+            **({"size": self.budget.size} if self.budget else {}),
+            **({} if taken else {"skipped": True}),
+        }
 
     def _steer(self, densities: np.ndarray) -> float | None:
         """Moves the thresholds after a step; the overall sparsity that was wanted."""
@@ -272,6 +278,8 @@ class Trainer:
             "natural": torch.from_numpy(self._natural),
             "bad_steps": torch.tensor(self.bad_steps),
         }
+        if self.budget:
+            state["budget"] = self.budget.state
         for name, parameter in self._trained.items():
             state[f"model.{name}"] = parameter.detach()
             for optimizer in self._optimizers:
