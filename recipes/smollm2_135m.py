@@ -110,11 +110,13 @@ OWN = {
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """Options of `prosparse sparsify`; `after` is the leg whose model it starts with."""
+    """Options of `prosparse sparsify`; `after` is the leg whose model it starts with, as an adapter of `size`
+    MB, whose codes train, where that is given."""
 
     tokens: float
     options: str
     after: str | None = None
+    size: float | None = None
     batch_tokens: int = 1 << 15
     mix: Mapping[str, float] = field(default_factory=lambda: MIX)
 
@@ -210,6 +212,21 @@ LEGS = {
         f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
         "fourth",
     ),
+    # codes as fine as what they are worth, which then train
+    "adapter_6": Leg(
+        634.1e6,
+        "--target 0.884 --reach 0.1 --size 19.8 --lr 5e-4 --lr-floor 0.01 --type f32 "
+        f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
+        "fourth",
+        size=19.3,
+    ),
+    "adapter_7": Leg(
+        634.1e6,
+        "--target 0.884 --reach 0.1 --size 19.8 --lr 1.2e-3 --lr-floor 0.01 --type f32 "
+        f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
+        "fourth",
+        size=19.3,
+    ),
 }
 _OWN = "its own text"
 _STEPS_KEPT = 2000  # lines of a run's metrics, evenly spread
@@ -291,7 +308,9 @@ def run_leg(args: argparse.Namespace) -> None:
     if args.gpus > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}", "-m"]
     command += ["prosparse", "sparsify", "-m", args.model, "--out", str(run), "--device", args.device]
-    if leg.after:
+    if leg.size:
+        command += ["--codes", str(_rounded(args, leg))]
+    elif leg.after:
         command += ["--from", str(args.out / f"{leg.after}.gguf")]
     for name, weight in leg.mix.items():
         command += ["--data", f"{_source(args.data, name)}:{weight:g}"]
@@ -307,6 +326,8 @@ def run_leg(args: argparse.Namespace) -> None:
     for place, called in ((args.data, "DATA"), (args.out, "RUNS"), (args.model, ORIGINAL)):
         settings = settings.replace(str(place), called)
     (results / "training.json").write_text(settings)
+    if leg.size:
+        shutil.copy(run / "adapter.gguf", args.out / f"{args.name}.adapter.gguf")
     _run(
         sys.executable,
         "-m",
@@ -317,6 +338,19 @@ def run_leg(args: argparse.Namespace) -> None:
         "--type",
         "q8_0",
     )
+
+
+def _rounded(args: argparse.Namespace, leg: Leg) -> Path:
+    """The model that a leg starts with as an adapter, if it is not there yet."""
+    made = args.out / f"{args.name}.start.gguf"
+    if not made.exists():
+        tuned = str(args.out / f"{leg.after}.gguf")
+        command = [sys.executable, "-m", "prosparse", "convert", tuned, str(made), "--base", args.model]
+        command += ["--size", f"{leg.size:g}", "--device", args.device]
+        for name in leg.mix:
+            command += ["--data", str(_source(args.data, name))]
+        _run(*command)
+    return made
 
 
 def evaluate(args: argparse.Namespace) -> None:
