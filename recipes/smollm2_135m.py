@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ORIGINAL = "demo-original"
+NAME = "SmolLM2-135M-Instruct, 88 % sparse"  # of what adapters make
 RESULTS = Path(__file__).parents[1] / "docs" / "runs" / "smollm2_135m"
 # Shares of the mix. What the original writes is the only text like that of the web. Small corpora have small
 # shares: what is read forty times is learnt by heart, and the model of other text like it is none the better.
@@ -346,7 +347,7 @@ def _rounded(args: argparse.Namespace, leg: Leg) -> Path:
     if not made.exists():
         tuned = str(args.out / f"{leg.after}.gguf")
         command = [sys.executable, "-m", "prosparse", "convert", tuned, str(made), "--base", args.model]
-        command += ["--size", f"{leg.size:g}", "--device", args.device]
+        command += ["--size", f"{leg.size:g}", "--device", args.device, "--name", NAME]
         for name in leg.mix:
             command += ["--data", str(_source(args.data, name))]
         _run(*command)

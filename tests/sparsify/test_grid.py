@@ -64,7 +64,7 @@ def folder(tmp_path, tiny_model):
     options = ["--out", str(tmp_path / "first"), "--keep-embeddings", "--target", "0.7", "--type", "f32"]
     assert train(tmp_path, *options) == 0
     command = ["convert", str(tmp_path / "first" / "model"), str(tmp_path / "a.gguf")]
-    command += ["--base", str(tmp_path / "base"), "--size", "0.06"]
+    command += ["--base", str(tmp_path / "base"), "--size", "0.06", "--name", "Sparse"]
     assert main([*command, "--data", str(tmp_path / "data.jsonl"), "--tokens", "256", "--device", "cpu"]) == 0
     return tmp_path
 
@@ -92,11 +92,17 @@ def test_a_run_writes_the_adapter_of_its_model(folder, capsys):
     out = folder / "second"
     assert train(folder, "--out", str(out), *options) == 0
     assert "adapter.gguf: " in capsys.readouterr().out
-    base, before, after = (
-        open_model(folder / "base"),
-        files.read(folder / "a.gguf"),
-        files.read(out / "adapter.gguf"),
-    )
+    base, before = open_model(folder / "base"), files.read(folder / "a.gguf")
+    after = files.read(out / "adapter.gguf")
+    (row,) = json.loads((out / "report.json").read_text())["rows"]
+    assert after.name == before.name == "Sparse"
+    assert after.measured == {
+        "held_out_tokens": row["tokens"],
+        "loss": round(row["sparse"], 4),
+        "original_loss": round(row["original"], 4),
+        "sparsity": round(row["sparsity"], 4),
+        "tokens": 2560,
+    }
     theirs, ours = open_model(out / "model"), apply(base, after)
     assert ours.config.activation.param == pytest.approx(theirs.config.activation.param)
     for name, tensor in theirs.tensors.items():

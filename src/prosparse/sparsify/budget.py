@@ -16,8 +16,8 @@ _AT_ONCE, _FROM_NOW_ON = 0.7, 0.1
 
 
 class Budget:
-    """Of the codes of `student`, which are still those of `start`, for a file of `limit` bytes; None: as large
-    as that of `start`.
+    """Of the codes of `student`, which are still those of `start`, for a file of `limit` bytes or, without
+    one, of as many as that of `start`.
 
     All processes of `world` must make it and call its methods. ValueError if nothing is left for codes.
     """

@@ -44,6 +44,22 @@ class Report:
             [row.layers for row in self.rows], axis=0, weights=[row.tokens for row in self.rows]
         )
 
+    def summary(self) -> dict[str, Any]:
+        """Over the held-out text of all sources, token by token; nothing where there is none."""
+        if not self.rows:
+            return {}
+        tokens = [row.tokens for row in self.rows]
+
+        def mean(values: Sequence[float]) -> float:
+            return round(float(np.average(values, weights=tokens)), 4)
+
+        return {
+            "held_out_tokens": sum(tokens),
+            "loss": mean([row.sparse for row in self.rows]),
+            "original_loss": mean([row.original for row in self.rows]),
+            "sparsity": round(float(self.layers.mean()), 4),
+        }
+
     def to_json(self) -> dict[str, Any]:
         rows = [
             {

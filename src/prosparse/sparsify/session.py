@@ -18,7 +18,7 @@ from prosparse.formats import adapter, open_model
 from prosparse.formats.files import written_whole
 from prosparse.formats.hf import write_folder
 from prosparse.model.activation import Activation
-from prosparse.model.adapter import ATTENTION, FFN, ROUNDING, apply, change, kind_of, parse_ranks
+from prosparse.model.adapter import ATTENTION, FFN, ROUNDING, Adapter, apply, change, kind_of, parse_ranks
 from prosparse.model.fold import unfold_thresholds
 from prosparse.model.model import Model
 from prosparse.sparsify import coded, hf_model, lora, progress, report, selfdata, settings, tokens
@@ -102,7 +102,7 @@ class Session:
         micro = self.config.micro_sequences
         sparse = report.measured(student, held, micro, bfloat16)
         thresholds = [float(mlp.threshold) for mlp in student.mlps]
-        activation = self._export(student, self.folder)
+        activation, made = self._export(student, self.folder)
         del trainer, student
         if self.teacher is None:
             self.teacher = self._load_teacher()
@@ -110,6 +110,10 @@ class Session:
         control, control_is = self._control(held)
         result = report.make(original, control, sparse, control_is, thresholds)
         if self.world.is_main:
+            if made is not None:
+                made = replace(made, measured={**result.summary(), "tokens": last["tokens"]})
+                adapter.write(self.folder / "adapter.gguf", made)
+                self._say(f"{self.folder / 'adapter.gguf'}: {made.size_bytes / 1e6:.2f} MB")
             self._show(result, activation, last)
         return {
             "model": str(self.folder / "model"),
@@ -309,18 +313,19 @@ class Session:
             store = build()
         return store
 
-    def _export(self, student: Trunk, folder: Path) -> Activation:
-        """The trained weights as a Hugging Face folder. Gathering them takes all processes."""
+    def _export(self, student: Trunk, folder: Path) -> tuple[Activation, Adapter | None]:
+        """The trained weights as a Hugging Face folder, and the adapter of codes that trained, named as what
+        they began with. Gathering weights takes all processes."""
         kind = self.args.type.upper()
         model = hf_model.to_model(student, self.original, kind)
+        made = None
         if self.world.is_main:
             write_folder(folder / "model", model, kind)
             if self.grid is not None:
-                made = replace(hf_model.to_adapter(student, self.original, model), license=self.grid.license)
-                adapter.write(folder / "adapter.gguf", made)
-                self._say(f"{folder / 'adapter.gguf'}: {made.size_bytes / 1e6:.2f} MB")
+                made = hf_model.to_adapter(student, self.original, model)
+                made = replace(made, name=self.grid.name, license=self.grid.license)
         self.world.wait()
-        return model.config.activation
+        return model.config.activation, made
 
     def _control(self, held: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
         """The un-sparsified twin on the same tokens, measured; and what it is."""
