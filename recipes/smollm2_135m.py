@@ -200,7 +200,7 @@ LEGS = {
         "--attention-rate 0.3",
         "90",
     ),
-    # the built-in model: from the original, in codes from the first step
+    # from the original, in codes from the first step; it was the built-in model
     "adapter_4": Leg(
         530.9e6,
         "--target 0.886 --reach 0.3 --lr 1.2e-3 --lr-floor 0.01 --levels 3,gate_proj=2 --type f32 "
@@ -213,7 +213,7 @@ LEGS = {
         f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
         "fourth",
     ),
-    # codes as fine as what they are worth, which then train
+    # codes as fine as what they are worth, which then train; the second is the built-in model
     "adapter_6": Leg(
         634.1e6,
         "--target 0.884 --reach 0.1 --size 19.8 --lr 5e-4 --lr-floor 0.01 --type f32 "
