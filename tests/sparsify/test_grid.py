@@ -172,10 +172,12 @@ def test_a_file_that_would_grow_is_kept_to_its_size(folder, monkeypatch, capsys)
     before = (folder / "a.gguf").stat().st_size
     assert 0.8 * before < sizes[0] < 1.05 * before and 0.8 * 80e3 < sizes[1] < 1.05 * 80e3
     assert sizes[2] > 1.5 * before
-    assert train(folder, "--out", str(folder / "bad"), *codes, "--size", "0.001") == 2
-    assert "an adapter of 0.001 MB is too small: without any codes it has 0.0" in capsys.readouterr().err
+    for size in ("0.001", "0", "-1", "nan", "inf"):
+        assert train(folder, "--out", str(folder / "bad"), *codes, f"--size={size}") == 2
+        assert f"that the adapter has without any codes, not {size}" in capsys.readouterr().err
+    assert not (folder / "bad").exists()
     assert train(folder, "--out", str(folder / "bad"), "--size", "1") == 2
-    assert "--size is MB of the adapter that --codes trains" in capsys.readouterr().err
+    assert "--size is of the adapter that --codes trains" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_keeps_to_the_size_as_one_without_a_break(folder, monkeypatch):

@@ -1,5 +1,7 @@
 """Bytes of codes that train: while their file would be too large, changes are drawn back harder."""
 
+import math
+
 import torch
 
 from prosparse.model.adapter import Adapter
@@ -15,25 +17,37 @@ _SAMPLE = 32  # every so many-th row is encoded for one
 _AT_ONCE, _FROM_NOW_ON = 0.7, 0.1
 
 
-class Budget:
-    """Of the codes of `student`, which are still those of `start`, for a file of `limit` bytes or, without
-    one, of as many as that of `start`.
+def limit(start: Adapter, megabytes: float | None) -> int:
+    """Bytes that a file may have which begins as `start`: None is as many as it has. ValueError if nothing is
+    left for codes."""
+    fixed, streams = _sizes(start)
+    if megabytes is None:
+        return fixed + streams
+    if not fixed < megabytes * 1e6 < math.inf:
+        raise ValueError(
+            f"a size is in MB, and above the {fixed / 1e6:.3g} that the adapter has without any codes, not "
+            f"{megabytes:g}"
+        )
+    return round(megabytes * 1e6)
 
-    All processes of `world` must make it and call its methods. ValueError if nothing is left for codes.
+
+def _sizes(start: Adapter) -> tuple[int, int]:
+    """Bytes of all but codes, and of codes."""
+    changes = [change for change in start.matrices.values() if isinstance(change, Coded)]
+    streams = sum(change.stream.nbytes for change in changes)
+    return start.size_bytes - streams + INFO * (len(start.vectors) + 4 * len(changes)), streams
+
+
+class Budget:
+    """Of the codes of `student`, which are still those of `start`, for a file of `limit` bytes.
+
+    All processes of `world` must make it and call its methods.
     """
 
-    def __init__(self, student: Trunk, start: Adapter, limit: int | None, world: World | None = None) -> None:
-        self._world, self._device = world or World(), student.head.device
+    def __init__(self, student: Trunk, start: Adapter, limit: int, world: World | None = None) -> None:
+        self._world, self._device, self._limit = world or World(), student.head.device, limit
         self._layers = [module for module in student.modules() if isinstance(module, GridLinear)]
-        changes = [change for change in start.matrices.values() if isinstance(change, Coded)]
-        self._streams = sum(change.stream.nbytes for change in changes)
-        self._fixed = start.size_bytes - self._streams + INFO * (len(start.vectors) + 4 * len(changes))
-        self.limit = self._fixed + self._streams if limit is None else limit
-        if self.limit <= self._fixed:
-            raise ValueError(
-                f"an adapter of {self.limit / 1e6:.3g} MB is too small: without any codes it has "
-                f"{self._fixed / 1e6:.3g} MB"
-            )
+        self._fixed, self._streams = _sizes(start)
         self._sampled = self._sample()
         # bytes of the file, and the share of changes that has to go between any two measurements
         self.state = torch.tensor([self._fixed + self._streams, 0.0], dtype=torch.float64)
@@ -47,10 +61,10 @@ class Budget:
         """Of every change, how much of it is to go after `step`, from 1."""
         if step % _EVERY == 1:
             size = self._fixed + self._streams * self._sample() / self._sampled
-            needed = float(self.state[1]) + _FROM_NOW_ON * (size / self.limit - 1)
+            needed = float(self.state[1]) + _FROM_NOW_ON * (size / self._limit - 1)
             self.state.copy_(torch.tensor([size, max(0.0, needed)], dtype=torch.float64))
         size, needed = self.state.tolist()
-        return max(0.0, needed + _AT_ONCE * (size / self.limit - 1)) / _EVERY
+        return max(0.0, needed + _AT_ONCE * (size / self._limit - 1)) / _EVERY
 
     @torch.no_grad()
     def _sample(self) -> float:

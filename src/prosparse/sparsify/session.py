@@ -21,9 +21,8 @@ from prosparse.model.activation import Activation
 from prosparse.model.adapter import ATTENTION, FFN, ROUNDING, Adapter, apply, change, kind_of, parse_ranks
 from prosparse.model.fold import unfold_thresholds
 from prosparse.model.model import Model
-from prosparse.sparsify import coded, hf_model, lora, progress, report, selfdata, settings, tokens
+from prosparse.sparsify import budget, coded, hf_model, lora, progress, report, selfdata, settings, tokens
 from prosparse.sparsify.batches import Mixture
-from prosparse.sparsify.budget import Budget
 from prosparse.sparsify.config import TrainConfig
 from prosparse.sparsify.corpus import Source
 from prosparse.sparsify.distributed import World
@@ -59,8 +58,9 @@ class Session:
             raise ValueError("changes of --levels cannot be spread over processes: leave --shard out")
         if self.grid and (world.sharded or args.start or args.control):
             raise ValueError("--codes does not go with --shard, --from (they are a start) or --control")
-        if args.size is not None and not (self.grid and 0 < args.size < math.inf):
-            raise ValueError("--size is MB of the adapter that --codes trains, above 0")
+        if args.size is not None and self.grid is None:
+            raise ValueError("--size is of the adapter that --codes trains: give one, or leave it out")
+        self.limit = None if self.grid is None else budget.limit(self.grid, args.size)
         size = self.original.config
         if preset:
             preset.check_model(size.hidden_size, size.num_hidden_layers)
@@ -89,11 +89,10 @@ class Session:
         student = self._student()
         if self.config.mix.taught and self.teacher is None:
             self.teacher = self._load_teacher()
-        budget = None
-        if self.grid is not None:
-            limit = None if args.size is None else round(args.size * 1e6)
-            budget = Budget(student, self.grid, limit, self.world)
-        trainer = Trainer(student, self.teacher, self.feeds, self.config, self.folder, self.world, budget)
+        kept = None
+        if self.grid is not None and self.limit is not None:
+            kept = budget.Budget(student, self.grid, self.limit, self.world)
+        trainer = Trainer(student, self.teacher, self.feeds, self.config, self.folder, self.world, kept)
         if self.world.is_main:
             with written_whole(self.folder / "training.json") as file:
                 file.write(json.dumps(self.settings, indent=1).encode() + b"\n")
