@@ -180,6 +180,13 @@ def test_a_file_that_would_grow_is_kept_to_its_size(folder, monkeypatch, capsys)
     assert "--size is of the adapter that --codes trains" in capsys.readouterr().err
 
 
+def test_without_the_original_as_a_teacher(folder):
+    codes = ["--codes", str(folder / "a.gguf"), "--target", "0.7", "--type", "f32"]
+    out = folder / "alone"
+    assert train(folder, "--out", str(out), *codes, "--distil", "0", "--next-token", "1") == 0
+    assert files.read(out / "adapter.gguf").measured["tokens"] == 2560
+
+
 def test_a_run_that_goes_on_keeps_to_the_size_as_one_without_a_break(folder, monkeypatch):
     monkeypatch.setattr(budget, "_EVERY", 4)
     codes = ["--codes", str(folder / "a.gguf"), "--target", "0.7", "--type", "f32", "--lr", "1e-3"]
