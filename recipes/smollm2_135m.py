@@ -127,7 +127,15 @@ def _ablation(options: str) -> Leg:
 
 
 _MUON = "--optimizer muon --concentration 0"
+_NEAR = f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08"
 _GENTLY = f"{_MUON} --lr-floor 0.01 --noise 0.15 --attention-rate 0.15"
+
+
+def _by_worth(rate: str) -> Leg:
+    options = f"--target 0.884 --reach 0.1 --size 19.8 --lr {rate} --lr-floor 0.01 --type f32 {_NEAR}"
+    return Leg(634.1e6, options, "fourth", size=19.3)
+
+
 LEGS = {
     # the method, at equal tokens
     "relu": _ablation("--l1 0"),
@@ -203,31 +211,17 @@ LEGS = {
     # from the original, in codes from the first step; it was the built-in model
     "adapter_4": Leg(
         530.9e6,
-        "--target 0.886 --reach 0.3 --lr 1.2e-3 --lr-floor 0.01 --levels 3,gate_proj=2 --type f32 "
-        f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
+        f"--target 0.886 --reach 0.3 --lr 1.2e-3 --lr-floor 0.01 --levels 3,gate_proj=2 --type f32 {_NEAR}",
     ),
     # from a full model, in codes from there: no better than the one before it
     "adapter_5": Leg(
         361.0e6,
-        "--target 0.8845 --reach 0.1 --lr 1.2e-3 --lr-floor 0.01 --levels 3,gate_proj=2 --type f32 "
-        f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
+        f"--target 0.8845 --reach 0.1 --lr 1.2e-3 --lr-floor 0.01 --levels 3,gate_proj=2 --type f32 {_NEAR}",
         "fourth",
     ),
     # codes as fine as what they are worth, which then train; the second is the built-in model
-    "adapter_6": Leg(
-        634.1e6,
-        "--target 0.884 --reach 0.1 --size 19.8 --lr 5e-4 --lr-floor 0.01 --type f32 "
-        f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
-        "fourth",
-        size=19.3,
-    ),
-    "adapter_7": Leg(
-        634.1e6,
-        "--target 0.884 --reach 0.1 --size 19.8 --lr 1.2e-3 --lr-floor 0.01 --type f32 "
-        f"{_MUON} --noise 0.15 --attention-rate 0.3 --pull 0.08",
-        "fourth",
-        size=19.3,
-    ),
+    "adapter_6": _by_worth("5e-4"),
+    "adapter_7": _by_worth("1.2e-3"),
 }
 _OWN = "its own text"
 _STEPS_KEPT = 2000  # lines of a run's metrics, evenly spread

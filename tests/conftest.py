@@ -29,7 +29,7 @@ def smollm2_path() -> Path:
 
 @pytest.fixture(scope="session")
 def sparse_path() -> Path:
-    """The sparse reference model of the development machine."""
+    """A sparse model that is not kept with the sources."""
     shared = Path(os.environ.get("PROSPARSE_SHARED", Path(__file__).parents[2] / "shared"))
     path = shared / "models" / "smollm2-135m-relu90-q5_1.gguf"
     if not path.exists():

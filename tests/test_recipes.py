@@ -94,3 +94,8 @@ def test_the_table_comes_from_saved_results(smollm2):
     assert f"{100 * tasks['lambada']['value']:.2f}" in lines["90"]
     mean = statistics.mean(task["value"] for name, task in tasks.items() if name != "wikitext2")
     assert lines["90"].endswith(f"| {100 * mean:.2f} |")
+
+
+def test_kept_results_name_no_place_of_a_machine(smollm2):
+    for path in smollm2.RESULTS.parent.rglob("*.json"):
+        assert '"/' not in path.read_text(), path

@@ -19,6 +19,7 @@ from prosparse.model.factors import Factors
 from prosparse.model.model import BLOCKS, Tensor, float32
 
 VERSION = 2
+_ENTRY = 128  # bytes of a tensor's name, sizes and alignment in the file
 ARCHITECTURE = "prosparse-adapter"
 # what holds a matrix's change: its numbers first, then tensors
 _FACTORS, _CODED, _COLUMNS = ("scales", "A", "B"), ("coding", "steps", "codes"), "column_steps"
@@ -50,6 +51,11 @@ def with_types(adapter: Adapter, kind: str) -> Adapter:
         for name, found in adapter.matrices.items()
     }
     return replace(adapter, matrices=matrices)
+
+
+def entries_size(vectors: int, coded: int) -> int:
+    """Bytes, roughly, that a file of so many vectors and coded matrices has beside its tensors' data."""
+    return _ENTRY * (vectors + (len(_CODED) + 1) * coded)
 
 
 def write(path: Path, adapter: Adapter) -> None:

@@ -4,12 +4,12 @@ import math
 
 import torch
 
+from prosparse.formats.adapter import entries_size
 from prosparse.model.adapter import Adapter
 from prosparse.model.coded import Coded, encoded
 from prosparse.sparsify.coded import GridLinear, codes_of
 from prosparse.sparsify.distributed import World
 from prosparse.sparsify.hf_model import Trunk
-from prosparse.sparsify.rounding import INFO
 
 _EVERY = 50  # steps between two measurements
 _SAMPLE = 32  # every so many-th row is encoded for one
@@ -35,7 +35,7 @@ def _sizes(start: Adapter) -> tuple[int, int]:
     """Bytes of all but codes, and of codes."""
     changes = [change for change in start.matrices.values() if isinstance(change, Coded)]
     streams = sum(change.stream.nbytes for change in changes)
-    return start.size_bytes - streams + INFO * (len(start.vectors) + 4 * len(changes)), streams
+    return start.size_bytes - streams + entries_size(len(start.vectors), len(changes)), streams
 
 
 class Budget:

@@ -16,8 +16,8 @@ from prosparse.sparsify.hf_model import Trunk
 class Pull:
     """Of the matrices of a student's layers, to those of the original; of coded changes, to none.
 
-    `weight` of a matrix, by its name: a step moves it by this times the learning rate of the way that is
-    left, but never past it. The original may be left out if all matrices are coded. ValueError for what
+    `weight` of a matrix, by its name: a step moves it by this times the step's share of the way that is left,
+    but never past it. The original may be left out if all matrices are coded. ValueError for what
     adapters add, of which the original has nothing.
     """
 
@@ -38,9 +38,9 @@ class Pull:
                 originals.append(theirs[name].detach().to(matrix.dtype))
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """After the optimizer's, at its learning rate."""
+    def step(self, share: float) -> None:
+        """After the optimizer's."""
         for weight, changes in self._changes.items():
-            torch._foreach_mul_(changes, 1 - min(1.0, rate * weight))
+            torch._foreach_mul_(changes, 1 - min(1.0, share * weight))
         for weight, (weights, theirs) in self._weights.items():
-            torch._foreach_lerp_(weights, theirs, min(1.0, rate * weight))
+            torch._foreach_lerp_(weights, theirs, min(1.0, share * weight))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from prosparse.formats.adapter import entries_size
 from prosparse.model.adapter import Adapter, check_related, fingerprint, kind_of
 from prosparse.model.coded import Coded, encoded, float16
 from prosparse.model.fold import folding
@@ -31,7 +32,6 @@ _BLOCK = 128  # columns whose errors are passed on together
 _SAMPLE = 8  # every so many-th row tells the first guess of a step
 _TRIES, _CLOSE = 8, 0.01  # to meet a size, and how near below it is near enough
 _SMALLEST, _LARGEST = 2.0**-14, 65504.0  # of float16, with all its bits
-INFO = 128  # bytes of a tensor's name, sizes and alignment in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def adapter(
     }
     parts = {name: _Part.of(base, tuned, name, factors, of) for name in tuned.tensors if name in of.outputs}
     fixed = sum(vector.nbytes for vector in vectors.values()) + sum(part.fixed for part in parts.values())
-    budget = size - fixed - INFO * (len(vectors) + 4 * len(parts))
+    budget = size - fixed - entries_size(len(vectors), len(parts))
     if budget < sum(part.change.numel() for part in parts.values()) / 64:
         raise ValueError(f"an adapter of {size / 1e6:.3g} MB is too small for {tuned.name}: give it more")
     step = _first_step(parts, budget)

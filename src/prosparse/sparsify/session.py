@@ -60,7 +60,7 @@ class Session:
             raise ValueError("--codes does not go with --shard, --from (they are a start) or --control")
         if args.size is not None and self.grid is None:
             raise ValueError("--size is of the adapter that --codes trains: give one, or leave it out")
-        self.limit = None if self.grid is None else budget.limit(self.grid, args.size)
+        self.limit = budget.limit(self.grid, args.size) if self.grid else 0
         size = self.original.config
         if preset:
             preset.check_model(size.hidden_size, size.num_hidden_layers)
@@ -90,7 +90,7 @@ class Session:
         if self.config.mix.taught and self.teacher is None:
             self.teacher = self._load_teacher()
         kept = None
-        if self.grid is not None and self.limit is not None:
+        if self.grid is not None:
             kept = budget.Budget(student, self.grid, self.limit, self.world)
         trainer = Trainer(student, self.teacher, self.feeds, self.config, self.folder, self.world, kept)
         if self.world.is_main:
